@@ -1,0 +1,1 @@
+"""prefdistill: robust offline preference optimisation by reward model distillation."""
