@@ -1,0 +1,253 @@
+"""The one forward: a tree batch goes once through a model, log-probs or rewards of its responses come out.
+
+It uses what every attention model of transformers accepts, a 4-D mask and position ids, so a new family costs nothing.
+Whether a model honours them is measured, not looked up: a probe compares its tree forward with its plain forward and
+checks that one response cannot see another. A model that fails (state-space, hybrid, ALiBi, FlashAttention) takes the
+plain path, one sequence a response, and the log says so once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from prefdistill.data.tree import Tree, TreeBatch, collate_plain, collate_trees, tree_mask
+
+logger = logging.getLogger(__name__)
+
+Path = Literal["tree", "plain"]
+HEAD_CHUNK = 256
+PROBE_WINDOW = 4
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The transformers model inside PEFT's and distributed wrappers (adapters stay in its layers)."""
+    while True:
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def backbone_of(model: nn.Module) -> nn.Module:
+    """The part that maps tokens to final hidden states, [B, T] -> [B, T, H]."""
+    core = unwrap(model)
+    decoder = core.get_decoder() if hasattr(core, "get_decoder") else None
+    if decoder is not None and decoder is not core:
+        return decoder
+    inner = getattr(core, core.base_model_prefix, None)
+    return inner if isinstance(inner, nn.Module) else core
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+class TreeModel:
+    """A model with the forward over tree batches.
+
+    Args:
+        model: a causal language model, or a sequence classifier with one label and a head named `score`.
+        path: "tree", "plain", or None to probe the model (two tiny forwards).
+    """
+
+    def __init__(self, model: nn.Module, *, path: Path | None = None) -> None:
+        self.model = model
+        self.core: Any = unwrap(model)
+        self.backbone: Any = backbone_of(model)
+        self.config = self.core.config.get_text_config()
+        self.pad_id = int(self.config.pad_token_id or 0)
+        self._mask_form = "plain"
+        if path is None:
+            self.path, self._mask_form = _probe(self)
+        else:
+            self.path = path
+            if path == "tree":
+                self._mask_form = _mask_forms(self.config)[0]
+
+    def collate(self, trees: Sequence[Tree], *, pool_pad_id: int | None = None) -> TreeBatch:
+        """The batch that this model's path reads, on its device."""
+        collate = collate_trees if self.path == "tree" else collate_plain
+        return collate(trees, pad_id=self.pad_id, pool_pad_id=pool_pad_id).to(device_of(self.model))
+
+    def hidden(self, batch: TreeBatch) -> Tensor:
+        """Final hidden states, [B * T, H]."""
+        mask: Any
+        if batch.kind == "plain":
+            mask = (batch.segments >= 0).long()
+        else:
+            mask = self._masks(batch)
+        out = self.backbone(
+            input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
+        )
+        return out.last_hidden_state.flatten(0, 1)
+
+    def _masks(self, batch: TreeBatch) -> Any:
+        window = getattr(self.config, "sliding_window", None)
+        masks: dict[str, Tensor] = {}
+
+        def mask_of(layer_type: str) -> Tensor:
+            w = window if layer_type == "sliding_attention" else None
+            return self._as_bias(tree_mask(batch.segments, batch.position_ids, window=w))
+
+        if self._mask_form == "by layer type":
+            for layer_type in dict.fromkeys(self.config.layer_types):
+                masks[layer_type] = mask_of(layer_type)
+            return masks
+        return mask_of(self._mask_form)
+
+    def _as_bias(self, visible: Tensor) -> Tensor:
+        if self.config._attn_implementation != "eager":
+            return visible
+        dtype = next(self.backbone.parameters()).dtype
+        return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
+
+    def token_logps(self, hidden: Tensor, batch: TreeBatch) -> Tensor:
+        """Log-probs of the response tokens, [N] float32, from `hidden`; the head runs at these positions only."""
+        return chunked_token_logps(self.core, self.config, hidden[batch.source], batch.target)
+
+    def logps(self, batch: TreeBatch, hidden: Tensor | None = None) -> Tensor:
+        """log pi(y|x) of every response in nats: the SUM over its tokens, end token included, [R] float64.
+
+        Summed in float64, since a float32 sum of 100 tokens loses 1e-5 by itself.
+        """
+        tokens = self.token_logps(self.hidden(batch) if hidden is None else hidden, batch)
+        total = torch.zeros(batch.responses, dtype=torch.float64, device=tokens.device)
+        return total.index_add(0, batch.response_of, tokens.double())
+
+    def features(self, batch: TreeBatch, hidden: Tensor | None = None) -> Tensor:
+        """Hidden state that a reward head reads, [R, H] float32: the one at `batch.last`."""
+        hidden = self.hidden(batch) if hidden is None else hidden
+        return hidden[batch.last].float()
+
+    def rewards(self, batch: TreeBatch) -> Tensor:
+        """Rewards of a sequence classifier's `score` head, [R] float32."""
+        hidden = self.hidden(batch)
+        return self.core.score(hidden[batch.last])[:, 0].float()
+
+
+def chunked_token_logps(core: Any, config: Any, hidden: Tensor, targets: Tensor, chunk: int = HEAD_CHUNK) -> Tensor:
+    """log softmax(head(hidden))[target], [N] float32, in chunks whose logits the backward pass computes again.
+
+    Only one chunk's [chunk, vocabulary] logits are in memory at a time. Follows what models do to their logits:
+    Gemma's `final_logit_softcapping`, Granite's `logits_scaling`, Cohere's `logit_scale`.
+    """
+    head = core.get_output_embeddings()
+    softcap = getattr(config, "final_logit_softcapping", None)
+    divide = getattr(config, "logits_scaling", None)
+    multiply = getattr(config, "logit_scale", None)
+
+    def piece(h: Tensor, t: Tensor) -> Tensor:
+        logits = head(h).float()
+        if divide is not None:
+            logits = logits / divide
+        if multiply is not None:
+            logits = logits * multiply
+        if softcap is not None:
+            logits = torch.tanh(logits / softcap) * softcap
+        return logits.gather(1, t[:, None])[:, 0] - torch.logsumexp(logits, dim=1)
+
+    parts = []
+    for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+        if torch.is_grad_enabled():
+            parts.append(checkpoint(piece, h, t, use_reentrant=False))
+        else:
+            parts.append(piece(h, t))
+    return torch.cat(parts)
+
+
+# -- which path a model takes --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Probe:
+    batch: TreeBatch
+    other: TreeBatch
+    plain: TreeBatch
+
+
+def _mask_forms(config: Any) -> list[str]:
+    forms = []
+    if getattr(config, "layer_types", None):
+        forms.append("by layer type")
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        forms.append("sliding_attention")
+    return [*forms, "full_attention"]
+
+
+@contextlib.contextmanager
+def _small_window(config: Any) -> Iterator[None]:
+    """A window that the probe's few tokens go beyond, so that a wrong mask shows."""
+    window = getattr(config, "sliding_window", None)
+    if not window:
+        yield
+        return
+    config.sliding_window = min(window, PROBE_WINDOW)
+    try:
+        yield
+    finally:
+        config.sliding_window = window
+
+
+def _probe(model: TreeModel) -> tuple[Path, str]:
+    v = int(model.config.vocab_size)
+    ids = [(7 * i + 3) % v for i in range(24)]
+    prompt, a, b = tuple(ids[:9]), tuple(ids[9:16]), tuple(ids[16:22])
+    other = tuple((i + v // 2 + 1) % v for i in a)
+    trees, changed = [Tree(prompt, (a, b))], [Tree(prompt, (other, b))]
+    device = device_of(model.model)
+    probe = _Probe(
+        collate_trees(trees, pad_id=model.pad_id).to(device),
+        collate_trees(changed, pad_id=model.pad_id).to(device),
+        collate_plain(trees, pad_id=model.pad_id).to(device),
+    )
+    training = model.model.training
+    model.model.eval()
+    reasons = []
+    try:
+        with torch.no_grad(), _small_window(model.config):
+            truth = model.hidden(probe.plain)[probe.plain.source].float()
+            for form in _mask_forms(model.config):
+                model._mask_form = form
+                reason = _mismatch(model, probe, truth)
+                if reason is None:
+                    return "tree", form
+                reasons.append(f"{form}: {reason}")
+    finally:
+        model.model.train(training)
+    logger.warning(
+        "%s takes the plain path, one sequence a response, which is slower (%s).%s",
+        type(model.core).__name__,
+        "; ".join(reasons),
+        " Load it with attn_implementation='sdpa' for the tree path."
+        if "flash" in str(model.config._attn_implementation)
+        else "",
+    )
+    return "plain", "plain"
+
+
+def _mismatch(model: TreeModel, probe: _Probe, truth: Tensor) -> str | None:
+    """Why the tree forward is not the plain forward for this model, or None if it is."""
+    try:
+        tree = model.hidden(probe.batch)[probe.batch.source].float()
+        other = model.hidden(probe.other)[probe.other.source].float()
+    except (RuntimeError, ValueError, TypeError, KeyError, IndexError, NotImplementedError) as error:
+        # A model that refuses a 4-D mask says so in its own words; they go into the log line.
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    second = probe.batch.response_of == 1
+    if not torch.equal(tree[second], other[second]):
+        return "a response sees its sibling"
+    dtype = next(model.backbone.parameters()).dtype
+    tolerance = 1e-3 if dtype == torch.float32 else 0.1
+    scale = truth.pow(2).mean().sqrt().clamp_min(1e-6)
+    worst = float((tree - truth).abs().max() / scale)
+    return None if worst <= tolerance else f"differs from the plain forward by {worst:.2g} of the hidden state's size"

