@@ -1,0 +1,160 @@
+"""Sampling from a policy: a prompt is read once for all its samples, and finished rows leave the batch.
+
+Every sample has its own stream of random numbers, made from (seed, prompt, sample): what is drawn for a prompt does
+not depend on which other prompts share its batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+
+from prefdistill.models.forward import device_of
+from prefdistill.models.precision import autocast
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Generated ids, the end token included where one was generated (`finished`)."""
+
+    ids: tuple[int, ...]
+    finished: bool
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How to sample; temperature 0 is greedy."""
+
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        if self.temperature < 0:
+            raise ValueError(f"temperature is {self.temperature}; it must not be negative")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it must lie in (0, 1]")
+
+
+def sample(
+    model: nn.Module,
+    prompts: Sequence[tuple[int, ...]],
+    *,
+    n: int,
+    end_ids: Sequence[int],
+    options: SamplingOptions,
+    precision: str = "float32",
+    token_budget: int = 8192,
+    keys: Sequence[int] | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[list[Sample]]:
+    """`n` samples for each prompt, in the prompts' order.
+
+    Args:
+        model: a causal language model of transformers.
+        prompts: prompt ids.
+        end_ids: tokens that end a response.
+        token_budget: bound on prompt and response tokens held at a time, padding included.
+        keys: a number for each prompt that its random numbers hang on (its place by default).
+        progress: told how many prompts were done, a batch at a time.
+    """
+    keys = range(len(prompts)) if keys is None else keys
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+    out: list[list[Sample]] = [[] for _ in prompts]
+    training = model.training
+    model.eval()
+    start = 0
+    with torch.inference_mode(), autocast(precision, device_of(model)):
+        while start < len(order):
+            width = len(prompts[order[start]]) + options.max_new_tokens
+            rows = order[start : start + max(1, token_budget // (width * n))]
+            noise = np.stack(
+                [
+                    np.random.default_rng([options.seed, keys[i], s]).random(options.max_new_tokens)
+                    for i in rows
+                    for s in range(n)
+                ]
+            )
+            drawn = _sample_batch(model, [prompts[i] for i in rows], n, set(end_ids), options, noise)
+            for j, i in enumerate(rows):
+                out[i] = drawn[j * n : (j + 1) * n]
+            progress(len(rows))
+            start += len(rows)
+    model.train(training)
+    return out
+
+
+def _sample_batch(
+    model: Any,
+    prompts: Sequence[tuple[int, ...]],
+    n: int,
+    end_ids: set[int],
+    options: SamplingOptions,
+    noise: np.ndarray,
+) -> list[Sample]:
+    device, width = device_of(model), max(map(len, prompts))
+    ids = torch.zeros((len(prompts), width), dtype=torch.long)
+    mask = torch.zeros((len(prompts), width), dtype=torch.long)
+    for b, prompt in enumerate(prompts):
+        ids[b, width - len(prompt) :] = torch.tensor(prompt)
+        mask[b, width - len(prompt) :] = 1
+    ids, mask = ids.to(device), mask.to(device)
+    cache = transformers.DynamicCache(config=model.config)
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    logits = model(
+        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]  # fmt: skip
+    if n > 1:
+        cache.batch_repeat_interleave(n)
+        logits, mask = logits.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
+    generated: list[list[int]] = [[] for _ in range(len(prompts) * n)]
+    ended = [False] * len(generated)
+    alive = list(range(len(generated)))
+    for step in range(options.max_new_tokens):
+        tokens = choose(logits.float(), torch.from_numpy(noise[alive, step]).to(device), options)
+        stay = []
+        for place, (row, token) in enumerate(zip(alive, tokens.tolist(), strict=True)):
+            generated[row].append(token)
+            if token in end_ids:
+                ended[row] = True
+            else:
+                stay.append(place)
+        if not stay or step + 1 == options.max_new_tokens:
+            break
+        if len(stay) < len(alive):
+            kept = torch.tensor(stay, device=device)
+            cache.batch_select_indices(kept)
+            tokens, mask, alive = tokens[kept], mask[kept], [alive[s] for s in stay]
+        positions = mask.sum(1, keepdim=True)
+        mask = torch.cat([mask, mask.new_ones((len(mask), 1))], 1)
+        logits = model(
+            input_ids=tokens[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]  # fmt: skip
+    return [Sample(tuple(g), e) for g, e in zip(generated, ended, strict=True)]
+
+
+def choose(logits: Tensor, uniform: Tensor, options: SamplingOptions) -> Tensor:
+    """Tokens [B] from logits [B, V] by inverse transform of uniform numbers [B] in [0, 1)."""
+    if options.temperature == 0:
+        return logits.argmax(-1)
+    probs = (logits / options.temperature).softmax(-1).double()
+    if options.top_p < 1:
+        ranked, order = probs.sort(dim=-1, descending=True)
+        # The smallest set whose mass reaches top_p: a token stays while the mass before it is below top_p.
+        ranked = ranked.masked_fill(ranked.cumsum(-1) - ranked >= options.top_p, 0.0)
+        probs = torch.zeros_like(probs).scatter_(-1, order, ranked)
+    cumulative = probs.cumsum(-1)
+    return torch.searchsorted(cumulative, (uniform[:, None] * cumulative[:, -1:]).contiguous(), right=True)[
+        :, 0
+    ].clamp_max(logits.shape[-1] - 1)
