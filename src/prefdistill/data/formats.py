@@ -1,0 +1,344 @@
+"""Rows of any accepted shape become one canonical example: `Pair`, with a prompt and two responses.
+
+| shape | columns |
+|---|---|
+| explicit | prompt, chosen, rejected: texts, or lists of messages; responses to messages may be texts |
+| implicit, conversational | chosen, rejected: lists of messages; the turns they share are the prompt |
+| implicit, HH | chosen, rejected: "\\n\\nHuman: ...\\n\\nAssistant: ..." transcripts |
+| implicit, plain | chosen, rejected: texts; the words they share at their beginning are the prompt |
+| TL;DR comparisons | info, summaries, choice, as published by Stiennon et al. (2020) |
+
+Texts pass through exactly; a row that cannot be used stops the reading with a `DataError` that says where, which
+column, what was found and what to do. Nothing is repaired or dropped in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from prefdistill.data.sources import read_rows
+from prefdistill.data.transcripts import ASSISTANT, hh_seam, is_hh_transcript, turn_seam, word_seam
+from prefdistill.errors import ConfigError, DataError
+
+Message = dict[str, str]  # {"role", "content"}
+Text = str | list[Message]
+Parts = tuple[Text, Text, Text]  # prompt, chosen, rejected
+
+ROLES = ("system", "user", "assistant", "tool", "developer")
+SHAPES = (
+    "prompt, chosen, rejected (texts or lists of messages); or chosen, rejected (lists of messages, HH transcripts, or "
+    "texts that begin with the same words); or info, summaries, choice (TL;DR comparisons)"
+)
+_PAIR_COLUMNS = ("prompt", "chosen", "rejected")
+_TLDR_COLUMNS = ("info", "summaries", "choice")
+# The prompts of openai/summarize-from-feedback that end with "TL;DR:", to be followed by a space and the summary.
+_TLDR_PROMPT = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"
+_CNNDM_PROMPT = "Article:\n\n{article}\n\nTL;DR:"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One comparison.
+
+    Attributes:
+        prompt: a text, or messages that end with a turn which is not the assistant's.
+        chosen: the preferred response: a text that follows the prompt directly, or assistant messages (usually one).
+        rejected: the other response, of the same kind; never equal to `chosen` up to outer whitespace.
+        where: where the row stands ("pairs.jsonl, row 12"), for error messages.
+        extra: the row's other columns, as they were.
+    """
+
+    prompt: Text
+    chosen: Text
+    rejected: Text
+    where: str
+    extra: dict[str, Any]
+
+
+def load_pairs(
+    source: str, *, split: str = "train", config_name: str | None = None, limit: int | None = None
+) -> list[Pair]:
+    """The pairs of a file, folder or hub data set (see `sources.read_rows`), at most `limit` from the beginning.
+
+    Raises:
+        DataError: the source cannot be read, or a row of it cannot be used; reading stops at the first.
+        ConfigError: `limit` is less than 1.
+    """
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit is {limit}: give at least 1, or leave it out to read every row.")
+    rows = read_rows(source, split=split, config_name=config_name)
+    return [to_pair(row, where) for where, row in islice(rows, limit)]
+
+
+def to_pair(row: dict[str, Any], where: str) -> Pair:
+    """The canonical example of one row; its shape is told by its columns and their types (see the module's table).
+
+    Raises:
+        DataError: a column is missing, null, of a wrong type or malformed; a response is blank; the two are equal.
+    """
+    used = _used_columns(row, where)
+    if used == _TLDR_COLUMNS:
+        parts = _tldr_parts(row, where)
+        columns = ("info", f"summaries[{row['choice']}]", f"summaries[{1 - row['choice']}]")
+    elif used == _PAIR_COLUMNS:
+        parts = _explicit_parts(*(_text(row[name], name, where) for name in used), where=where)
+        columns = _PAIR_COLUMNS
+    else:
+        parts = _implicit_parts(*(_text(row[name], name, where) for name in used), where=where)
+        columns = ("chosen", "chosen", "rejected")
+    _check_parts(parts, columns, where)
+    extra = {name: value for name, value in row.items() if name not in used}
+    for name, value in extra.items():
+        _check_encodable(value, name, where)
+    return Pair(*parts, where=where, extra=extra)
+
+
+# --- shapes -----------------------------------------------------------------------------------------------------------
+
+
+def _used_columns(row: dict[str, Any], where: str) -> tuple[str, ...]:
+    if "chosen" in row and "rejected" in row:
+        return tuple(name for name in _PAIR_COLUMNS if name in row)
+    if all(name in row for name in _TLDR_COLUMNS):
+        return _TLDR_COLUMNS
+    wanted = _TLDR_COLUMNS if "info" in row and "summaries" in row else ("chosen", "rejected")
+    missing = " and ".join(repr(name) for name in wanted if name not in row)
+    found = ", ".join(map(repr, row)) or "none"
+    raise DataError(
+        f"{where}: no column {missing} (columns found: {found}). Rename the columns to one of the accepted shapes: "
+        f"{SHAPES}."
+    )
+
+
+def _explicit_parts(prompt: Text, chosen: Text, rejected: Text, *, where: str) -> Parts:
+    if isinstance(prompt, str):
+        if isinstance(chosen, str) and isinstance(rejected, str):
+            return prompt, chosen, rejected
+        return _restated_text_prompt(prompt, chosen, rejected, where)
+    if prompt[-1]["role"] == "assistant":
+        raise _bad(
+            where,
+            "prompt",
+            "the conversation ends with an assistant turn",
+            "End it with the turn to be answered; move the assistant turn into 'chosen' and 'rejected', or drop it",
+        )
+    if _begins_with(chosen, prompt) and _begins_with(rejected, prompt):
+        # Some data sets give the prompt and repeat it in both conversations; no response can begin with a user turn.
+        return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
+    return prompt, _as_messages(chosen), _as_messages(rejected)
+
+
+def _restated_text_prompt(prompt: str, chosen: Text, rejected: Text, where: str) -> Parts:
+    """A prompt as text beside whole conversations that contain it as a user turn (UltraFeedback, binarized)."""
+    column = "rejected" if isinstance(rejected, str) else "chosen"
+    if isinstance(chosen, str) or isinstance(rejected, str):
+        raise _bad(
+            where,
+            column,
+            "one response is a text, the other a list of messages, and the prompt a text",
+            "Give all three in one form",
+        )
+    seam = turn_seam(chosen, rejected)
+    if {"role": "user", "content": prompt} not in chosen[:seam]:
+        raise _bad(
+            where,
+            "prompt",
+            "a text, while the responses are lists of messages that do not both begin with it",
+            "Give the prompt as a list of messages too, or as the first user message of both conversations",
+        )
+    return _implicit_parts(chosen, rejected, where=where)
+
+
+def _implicit_parts(chosen: Text, rejected: Text, *, where: str) -> Parts:
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        return _split_texts(chosen, rejected, where)
+    if isinstance(chosen, str) or isinstance(rejected, str):
+        raise _bad(
+            where,
+            "rejected",
+            f"{_kind(rejected)}, while 'chosen' is {_kind(chosen)}",
+            "Give both as texts or both as lists of messages",
+        )
+    seam = turn_seam(chosen, rejected)
+    if not seam:
+        raise _bad(
+            where,
+            "rejected",
+            "the conversation shares no turn before the answer with 'chosen'",
+            "Begin both with the same turns, or give those as a column 'prompt'",
+        )
+    return chosen[:seam], chosen[seam:], rejected[seam:]
+
+
+def _split_texts(chosen: str, rejected: str, where: str) -> Parts:
+    # Before the split: equal texts share all their words, and would read as a response that is blank.
+    _check_different(chosen, rejected, ("chosen", "rejected"), where)
+    if is_hh_transcript(chosen) and is_hh_transcript(rejected):
+        seam, shared = hh_seam(chosen, rejected), f"no {ASSISTANT!r} in the part that both HH transcripts share"
+    else:
+        seam, shared = word_seam(chosen, rejected), "no words at the beginning that both texts share"
+    if not chosen[:seam].strip():
+        raise _bad(where, "rejected", f"{shared}, so there is no prompt", "Give the prompt in a column 'prompt'")
+    return chosen[:seam], chosen[seam:], rejected[seam:]
+
+
+def _tldr_parts(row: dict[str, Any], where: str) -> Parts:
+    summaries = row["summaries"]
+    if not isinstance(summaries, list) or len(summaries) != 2:
+        found = f"{len(summaries)} entries" if isinstance(summaries, list) else _kind(summaries)
+        raise _bad(where, "summaries", found, "Give a list of exactly two objects with a 'text'")
+    choice = row["choice"]
+    if isinstance(choice, bool) or choice not in (0, 1) or not isinstance(choice, int):
+        raise _bad(where, "choice", _kind(choice), "Give 0 or 1, the index of the better summary")
+    # Published summaries begin with one space, none or several; the model is to write exactly one after "TL;DR:".
+    responses = [
+        " " + _field(summary, "text", f"summaries[{index}]", where).strip() for index, summary in enumerate(summaries)
+    ]
+    return _tldr_prompt(row["info"], where), responses[choice], responses[1 - choice]
+
+
+def _tldr_prompt(info: Any, where: str) -> str:
+    # On the hub a post has a null article and an article a null post.
+    if isinstance(info, dict) and info.get("post") is None and info.get("article") is not None:
+        return _CNNDM_PROMPT.format(article=_field(info, "article", "info", where))
+    names = ("subreddit", "title", "post")
+    return _TLDR_PROMPT.format(**{name: _field(info, name, "info", where) for name in names})
+
+
+def _field(value: Any, key: str, column: str, where: str) -> str:
+    if not isinstance(value, dict):
+        raise _bad(where, column, _kind(value), f"Give an object with a text under {key!r}")
+    if not isinstance(value.get(key), str):
+        found = f"{_kind(value[key])} under {key!r}" if key in value else f"no {key!r} (keys: {_names(value)})"
+        raise _bad(where, column, found, f"Give a text under {key!r}")
+    return str(value[key])
+
+
+# --- columns ----------------------------------------------------------------------------------------------------------
+
+
+def _text(value: Any, column: str, where: str) -> Text:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        hint = "; drop the column if the prompt stands in 'chosen' and 'rejected'" if column == "prompt" else ""
+        raise _bad(where, column, _kind(value), f"Give a text or a list of messages{hint}, or remove the row")
+    if not value:
+        raise _bad(where, column, "an empty list of messages", "Give at least one message, or remove the row")
+    return [_message(message, index, column, where) for index, message in enumerate(value)]
+
+
+def _message(value: Any, index: int, column: str, where: str) -> Message:
+    place = f"{column}[{index}]"
+    message = {key: _field(value, key, place, where) for key in ("role", "content")}
+    if message["role"] not in ROLES:
+        raise _bad(where, place, f"the role {message['role']!r}", f"Use one of {', '.join(ROLES)}")
+    # Parquet fills the fields that other messages have with nulls; anything else would be lost in silence.
+    others = [key for key, field in value.items() if key not in message and field is not None]
+    if others:
+        raise _bad(where, place, f"the fields {_names(others)}", "Messages are role and content: remove the others")
+    return message
+
+
+def _begins_with(response: Text, prompt: list[Message]) -> bool:
+    return isinstance(response, list) and response[: len(prompt)] == prompt
+
+
+def _as_messages(response: Text) -> list[Message]:
+    return [{"role": "assistant", "content": response}] if isinstance(response, str) else response
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _check_parts(parts: Parts, columns: tuple[str, str, str], where: str) -> None:
+    """Checks prompt, chosen and rejected; `columns` names the column that each came from."""
+    prompt, chosen, rejected = parts
+    for column, text in zip(columns, parts, strict=True):
+        _check_encodable(text, column, where)
+    if not any(content.strip() for content in _contents(prompt)):
+        raise _bad(where, columns[0], "a blank prompt", "Give the prompt its text, or remove the row")
+    for column, response in zip(columns[1:], (chosen, rejected), strict=True):
+        _check_response(response, column, where)
+    _check_different(chosen, rejected, columns[1:], where)
+
+
+def _check_response(response: Text, column: str, where: str) -> None:
+    if isinstance(response, list):
+        if all(message["role"] != "assistant" for message in response):
+            remedy = "Add the response, or remove the row"
+            raise _bad(where, column, "a conversation without an assistant response", remedy)
+        other = next((message["role"] for message in response if message["role"] != "assistant"), None)
+        if other is not None:
+            # Its tokens would count as if the policy had written them.
+            raise _bad(
+                where,
+                column,
+                f"a turn of role {other!r} among the response's own turns",
+                "Let a response hold assistant turns alone: put shared turns into the prompt, cut off later ones",
+            )
+    if any(not content.strip() for content in _contents(response)):
+        found = f"a blank response ({_contents(response)[0]!r})" if isinstance(response, str) else "a blank message"
+        raise _bad(where, column, f"{found} after the prompt", "Give the response its text, or remove the row")
+
+
+def _check_different(chosen: Text, rejected: Text, columns: tuple[str, str], where: str) -> None:
+    if [text.strip() for text in _contents(chosen)] == [text.strip() for text in _contents(rejected)]:
+        remedy = "A pair needs two responses that differ: remove the row"
+        raise _bad(where, columns[1], f"a response equal to {columns[0]!r}", remedy)
+
+
+def _check_encodable(value: Any, column: str, where: str) -> None:
+    """Refuses lone surrogates, anywhere in a column: no tokeniser and no file format takes them."""
+    for text in _strings(value):
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise _bad(
+                where,
+                column,
+                f"the lone surrogate U+{ord(text[error.start]):04X} at character {error.start + 1}",
+                "It is half of a character cut in two: mend the text, or remove the row",
+            ) from error
+
+
+def _strings(value: Any) -> Iterable[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, field in value.items():
+            yield from _strings(key)
+            yield from _strings(field)
+    elif isinstance(value, list):
+        for entry in value:
+            yield from _strings(entry)
+
+
+# --- words of the messages --------------------------------------------------------------------------------------------
+
+
+def _contents(text: Text) -> list[str]:
+    return [text] if isinstance(text, str) else [message["content"] for message in text]
+
+
+def _bad(where: str, column: str, found: str, remedy: str) -> DataError:
+    return DataError(f"{where}, column {column!r}: found {found}. {remedy}.")
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names)) or "none"
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool | int | float):
+        return f"the {'truth value' if isinstance(value, bool) else 'number'} {value!r}"
+    if isinstance(value, str):
+        return "a text"
+    if isinstance(value, list | dict):
+        return "a list" if isinstance(value, list) else "an object"
+    return f"a value of type {type(value).__name__}"

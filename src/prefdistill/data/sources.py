@@ -1,0 +1,312 @@
+"""Rows from a file, a folder of files, or a data set on the Hugging Face hub.
+
+`read_rows` yields ``(where, row)``: ``row`` maps column names to values exactly as stored, ``where`` ("pairs.jsonl, row
+12") says where the row stands, for error messages. What the columns mean is the business of `formats`.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from prefdistill.errors import DataError
+
+Row = dict[str, Any]
+Rows = Iterator[tuple[str, Row]]
+
+_BOM = b"\xef\xbb\xbf"
+_UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+# Endings that mark a string as a file, readable here or not: such a string is never looked for on the hub.
+_FILE_ENDING = re.compile(r"\.(jsonl?|csv|tsv|txt|parquet|arrow|feather|ya?ml|xlsx?|gz|zip|zst|bz2|xz)$", re.IGNORECASE)
+_NEXT_OBJECT = re.compile(r"[ \t\r]*\n\s*\{")
+_CSV_FIELD_LIMIT = 2**31 - 1
+_BATCH_ROWS = 1024
+
+
+def read_rows(source: str, *, split: str = "train", config_name: str | None = None) -> Rows:
+    """Yields ``(where, row)`` for every row of `source`.
+
+    Args:
+        source: a file (.jsonl, .json, .csv, each also with .gz; .parquet), a folder of such files (read in the order of
+            their names; its subfolders and hidden files are not read), or else the id of a hub data set.
+        split: the split of a hub data set. A local file or folder has no splits: all its rows are read.
+        config_name: the configuration of a hub data set, where it has several.
+
+    Raises:
+        DataError: the source does not exist, cannot be read, holds no rows, is not UTF-8, or breaks its own format.
+            A missing source is reported by the call, a fault inside a file when the iterator comes to it.
+    """
+    path = Path(source).expanduser()
+    # Path("") is the current folder, which nobody means by an empty source.
+    if source.strip() and path.exists():
+        return _file_after_file(_folder_files(path) if path.is_dir() else [path])
+    if _looks_like_hub_id(source):
+        return _hub_rows(source, split, config_name)
+    raise DataError(
+        f"{source!r}: no such file or folder (looked from {Path.cwd()}). Give a file that ends in one of "
+        f"{_endings()}, a folder of such files, or the id of a hub data set such as 'org/name'."
+    )
+
+
+def _looks_like_hub_id(source: str) -> bool:
+    return _HUB_ID.fullmatch(source) is not None and _FILE_ENDING.search(source) is None
+
+
+def _endings() -> str:
+    return ", ".join(_READERS)
+
+
+def _reader(path: Path) -> Callable[[Path], Rows] | None:
+    name = path.name.lower()
+    return next((reader for ending, reader in _READERS.items() if name.endswith(ending)), None)
+
+
+def _folder_files(folder: Path) -> list[Path]:
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    if {"dataset_info.json", "state.json"} <= {path.name for path in files}:
+        raise DataError(
+            f"{folder}: a data set saved by datasets' save_to_disk, in Arrow's own format. "
+            f"Save it with `dataset.to_parquet('pairs.parquet')` and give that file."
+        )
+    readable = [path for path in files if _reader(path)]
+    if not readable:
+        raise DataError(
+            f"{folder}: a folder without any data file. Put files that end in one of {_endings()} directly into it; "
+            f"if a hub data set of this name was meant, start from another folder."
+        )
+    return readable
+
+
+def _file_after_file(paths: list[Path]) -> Rows:
+    for path in paths:
+        yield from _file_rows(path)
+
+
+def _file_rows(path: Path) -> Rows:
+    reader = _reader(path)
+    if reader is None:
+        raise DataError(f"{path}: not a kind of file that can be read. Convert it to one of {_endings()}.")
+    empty = True
+    try:
+        for where, row in reader(path):
+            empty = False
+            yield where, row
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read ({error}). Check its permissions, or fetch it again whole.") from error
+    if empty:
+        raise DataError(f"{path}: no rows in it. Check that it was written to the end, or leave it out.")
+
+
+# --- bytes to text ----------------------------------------------------------------------------------------------------
+
+
+def _open(path: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(path, "rb")) if path.name.lower().endswith(".gz") else path.open("rb")
+
+
+def _text_lines(path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 file with their ends, split at "\\n" alone; a byte order mark is left out."""
+    offset = 0
+    with _open(path) as stream:
+        # Lines are split as bytes: text mode would also split at the U+2028 and "\r" that texts may hold.
+        for number, line in enumerate(stream, 1):
+            skipped = len(_BOM) if number == 1 and line.startswith(_BOM) else 0
+            try:
+                yield line[skipped:].decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise _not_utf8(path, number, line, offset, skipped + error.start) from error
+            offset += len(line)
+
+
+def _not_utf8(path: Path, number: int, line: bytes, line_offset: int, at: int) -> DataError:
+    encoding = "UTF-16" if line_offset == 0 and line.startswith(_UTF16_BOMS) else "WINDOWS-1252"
+    unpacked = " of the unpacked file" if path.name.lower().endswith(".gz") else ""
+    return DataError(
+        f"{path}, line {number}, byte {at + 1} (offset {line_offset + at}{unpacked}): not UTF-8 (0x{line[at]:02x}). "
+        f"Convert the file from the encoding it is in: iconv -f {encoding} -t utf-8 OLD > NEW"
+    )
+
+
+# --- JSON -------------------------------------------------------------------------------------------------------------
+
+
+class _DuplicateKeyError(ValueError):
+    """An object that names a key twice; its text is what is wrong."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Row:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise _DuplicateKeyError(f"an object has the key {twice!r} twice (its keys: {', '.join(map(repr, keys))})")
+    return result
+
+
+def _parse(text: str, path: Path, line: int | None) -> Any:
+    """The value of a JSON text that stands on line `line` of the file, or is the whole file (None)."""
+    place = str(path) if line is None else f"{path}, line {line}"
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}, line {error.lineno if line is None else line}, column {error.colno}: "
+            f"not valid JSON ({error.msg}). Mend that place or write the file again."
+        ) from error
+    except _DuplicateKeyError as error:
+        raise DataError(f"{place}: {error}. Keep one of the two.") from error
+    except (ValueError, RecursionError) as error:
+        # A number of over 4,300 digits, or lists nested a thousand deep: valid JSON that Python will not read.
+        raise DataError(f"{place}: JSON that cannot be read ({error}). Shorten or flatten that value.") from error
+
+
+def _jsonl_rows(path: Path) -> Rows:
+    for number, line in enumerate(_text_lines(path), 1):
+        if not line.strip():
+            continue
+        row = _parse(line.rstrip("\r\n"), path, number)
+        if not isinstance(row, dict):
+            raise DataError(
+                f"{path}, line {number}: {_kind(row)} where an object with columns should stand. Write one object a "
+                f"line; a file that is one JSON list must end in .json instead of .jsonl."
+            )
+        yield f"{path}, row {number}", row
+
+
+def _json_rows(path: Path) -> Rows:
+    text = "".join(_text_lines(path))
+    if not text.strip():
+        return
+    # Published .json files are often JSON Lines (the TL;DR comparisons are): an object that ends before the file does.
+    if _is_json_lines(text):
+        yield from _jsonl_rows(path)
+        return
+    content = _parse(text, path, None)
+    rows = content.get("data") if isinstance(content, dict) else content
+    if not isinstance(rows, list):
+        raise DataError(
+            f"{path}: {_kind(content)} without a list of rows. Write a list of objects, or {{'data': [...]}}; a file "
+            f"with one object a line must end in .jsonl."
+        )
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, row {number}: {_kind(row)} where an object with columns should stand.")
+        yield f"{path}, row {number}", row
+
+
+def _is_json_lines(text: str) -> bool:
+    """Whether the text is an object, a line end, and the beginning of another object."""
+    start = len(text) - len(text.lstrip())
+    try:
+        first, end = json.JSONDecoder().raw_decode(text, start)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(first, dict) and _NEXT_OBJECT.match(text, end) is not None
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a text", bool: "a truth value", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+# --- CSV --------------------------------------------------------------------------------------------------------------
+
+
+def _csv_rows(path: Path) -> Rows:
+    # The module's limit of 131,072 characters a field is shorter than a long conversation; it can only be set globally.
+    csv.field_size_limit(max(csv.field_size_limit(), _CSV_FIELD_LIMIT))
+    # strict: an open quote is an error, instead of swallowing the rest of the file as one field.
+    reader = csv.reader(_text_lines(path), strict=True)
+    header: list[str] | None = None
+    number, last_line = 0, 0
+    try:
+        for fields in reader:
+            first_line, last_line = last_line + 1, reader.line_num
+            if not fields:
+                continue
+            if header is None:
+                header = _checked_header(fields, path)
+                continue
+            if len(fields) != len(header):
+                raise DataError(
+                    f"{path}, line {first_line}: {len(fields)} fields where the header has {len(header)} "
+                    f"({', '.join(map(repr, header))}). Put texts that hold commas or line ends in double quotes."
+                )
+            number += 1
+            yield f"{path}, row {number}", dict(zip(header, fields, strict=True))
+    except csv.Error as error:
+        raise DataError(
+            f"{path}, line {last_line + 1}: not valid CSV ({error}). Quote fields with double quotes, "
+            f"double the quotes inside them, and end lines with \\n or \\r\\n."
+        ) from error
+
+
+def _checked_header(header: list[str], path: Path) -> list[str]:
+    twice = sorted({name for name in header if header.count(name) > 1})
+    if twice:
+        raise DataError(f"{path}, line 1: the header names {', '.join(map(repr, twice))} twice. Rename one of them.")
+    return header
+
+
+# --- Parquet and the hub ----------------------------------------------------------------------------------------------
+
+
+def _parquet_rows(path: Path) -> Rows:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=_BATCH_ROWS):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}, row {number}", row
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path}: not valid Parquet after row {number} ({error}). Write or fetch the file again."
+        ) from error
+
+
+def _hub_rows(source: str, split: str, config_name: str | None) -> Rows:
+    # Imported here: it takes seconds, and local files do not need it.
+    import datasets
+
+    try:
+        dataset = datasets.load_dataset(source, config_name, split=split)
+    except Exception as error:  # the library raises anything from ValueError to the HTTP client's own errors
+        raise DataError(_hub_message(source, split, config_name, error)) from error
+    empty = True
+    for number, row in enumerate(dataset, 1):
+        empty = False
+        yield f"{source} ({split}), row {number}", row
+    if empty:
+        raise DataError(f"{source} ({split}): no rows in this split of the hub data set. Choose another split.")
+
+
+def _hub_message(source: str, split: str, config_name: str | None, error: Exception) -> str:
+    reason = (str(error).strip().splitlines() or [""])[0]
+    asked = f"split {split!r}" + (f", configuration {config_name!r}" if config_name else "")
+    return (
+        f"{source!r}: no file or folder of this name in {Path.cwd()}, and the hub data set could not be loaded "
+        f"({asked}; {type(error).__name__}: {reason}). Check the name, split and configuration; for a gated data set "
+        f"run `hf auth login`; without a network, download it elsewhere and give the local file or folder."
+    )
+
+
+_READERS: dict[str, Callable[[Path], Rows]] = {
+    ".jsonl": _jsonl_rows,
+    ".jsonl.gz": _jsonl_rows,
+    ".json": _json_rows,
+    ".json.gz": _json_rows,
+    ".csv": _csv_rows,
+    ".csv.gz": _csv_rows,
+    ".parquet": _parquet_rows,
+}

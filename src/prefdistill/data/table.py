@@ -1,0 +1,242 @@
+"""The data set as three tables: prompts, distinct responses, and pairs that index the responses.
+
+A response that stands in several pairs stands here once. Columns that later stages compute (reference log-probs,
+rewards, features) are kept a response, under a key of its token ids.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from prefdistill.atomic import fresh_file
+from prefdistill.data.formats import Pair, Text
+from prefdistill.data.tokenise import Encoder
+from prefdistill.data.tree import Tree
+from prefdistill.errors import DataError
+
+SPLITS = ("train", "validation", "judge", "test")
+
+
+@dataclass(frozen=True)
+class Response:
+    """A distinct response: where its text came from is `source`, "data", "reference" or "policy"."""
+
+    text: Text
+    ids: tuple[int, ...]
+    finished: bool = True
+    source: str = "data"
+
+
+@dataclass
+class PromptGroup:
+    """A prompt with its distinct responses and the pairs (chosen, rejected) over them."""
+
+    prompt: Text
+    ids: tuple[int, ...]
+    split: str
+    extra: dict[str, Any]
+    cut: int = 0
+    responses: list[Response] = field(default_factory=list)
+    pairs: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def tree(self) -> Tree:
+        return Tree(self.ids, tuple(r.ids for r in self.responses))
+
+    @property
+    def keys(self) -> list[str]:
+        return [response_key(self.ids, r.ids) for r in self.responses]
+
+    def place(self, response: Response) -> int:
+        """Index of this response, added if it is new. Responses are one if their ids are."""
+        for i, known in enumerate(self.responses):
+            if known.ids == response.ids:
+                return i
+        self.responses.append(response)
+        return len(self.responses) - 1
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """What encoding left out or cut, for the log and the report."""
+
+    pairs_too_long: int
+    prompts_cut: int
+    same_tokens: int
+
+
+def response_key(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> str:
+    """A key of what a model is given: 16 bytes of BLAKE2 over prompt and response ids, in hexadecimal."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(struct.pack(f"<q{len(prompt_ids)}q", len(prompt_ids), *prompt_ids))
+    digest.update(struct.pack(f"<{len(response_ids)}q", *response_ids))
+    return digest.hexdigest()
+
+
+def text_key(text: Text) -> str:
+    return json.dumps(text, ensure_ascii=False, sort_keys=True)
+
+
+def group_pairs(
+    pairs: Iterable[Pair], encoder: Encoder, *, splits: dict[str, str]
+) -> tuple[list[PromptGroup], Dropped]:
+    """Pairs to prompt groups in the order of first appearance; pairs with a response too long are dropped, counted.
+
+    Args:
+        splits: prompt key (`text_key`) -> split.
+    """
+    groups: dict[str, PromptGroup] = {}
+    too_long = same = 0
+    for pair in pairs:
+        try:
+            chosen = encoder.response_ids(pair.prompt, pair.chosen)
+            rejected = encoder.response_ids(pair.prompt, pair.rejected)
+            key = text_key(pair.prompt)
+            if key not in groups:
+                encoded = encoder.prompt_ids(pair.prompt)
+                groups[key] = PromptGroup(pair.prompt, encoded.ids, splits[key], dict(pair.extra), encoded.cut)
+        except DataError as error:
+            raise DataError(f"{pair.where}: {error}") from error
+        if chosen is None or rejected is None:
+            too_long += 1
+            continue
+        if chosen == rejected:
+            same += 1
+            continue
+        group = groups[key]
+        group.pairs.append((group.place(Response(pair.chosen, chosen)), group.place(Response(pair.rejected, rejected))))
+    kept = [g for g in groups.values() if g.pairs]
+    return kept, Dropped(too_long, sum(g.cut > 0 for g in kept), same)
+
+
+def assign_splits(pairs: Sequence[Pair], fractions: dict[str, float], seed: int) -> dict[str, str]:
+    """Prompt key -> split: the row's own `split` column where it names one, else drawn by prompt, seeded.
+
+    Raises:
+        DataError: a split that is asked for would have no prompt.
+    """
+    own: dict[str, str] = {}
+    keys: dict[str, None] = {}
+    for pair in pairs:
+        key = text_key(pair.prompt)
+        keys[key] = None
+        given = pair.extra.get("split")
+        if given in SPLITS:
+            if own.setdefault(key, given) != given:
+                raise DataError(
+                    f"{pair.where}: its prompt stands in the split {own[key]!r} and in {given!r}; a prompt must be in "
+                    "one split only, or the evaluation would be on training data"
+                )
+        elif own:
+            raise DataError(
+                f"{pair.where}: column 'split' is {given!r} while other rows name one; use one of {', '.join(SPLITS)} "
+                "in every row, or leave the column out"
+            )
+    if own:
+        return own
+    order = sorted(keys, key=lambda k: hashlib.blake2b(f"{seed}:{k}".encode(), digest_size=8).digest())
+    out: dict[str, str] = {}
+    start = 0
+    for name in ("test", "judge", "validation"):
+        share = fractions.get(name, 0.0)
+        count = round(share * len(order))
+        if share > 0:
+            count = max(1, count)
+        out.update(dict.fromkeys(order[start : start + count], name))
+        start += count
+    if start >= len(order):
+        raise DataError(
+            f"{len(order)} prompts are too few for the splits {fractions}: none is left to train on; give more data"
+        )
+    out.update(dict.fromkeys(order[start:], "train"))
+    return out
+
+
+def add_responses(group: PromptGroup, responses: Iterable[Response]) -> None:
+    """Joins unlabelled responses to a prompt: they are scored and distilled, no pair names them."""
+    for response in responses:
+        group.place(response)
+
+
+# -- files ---------------------------------------------------------------------------------------------------------
+
+_RESPONSE = pa.struct(
+    [("text", pa.string()), ("ids", pa.list_(pa.int32())), ("finished", pa.bool_()), ("source", pa.string())]
+)
+_SCHEMA = pa.schema(
+    [
+        ("prompt", pa.string()),
+        ("ids", pa.list_(pa.int32())),
+        ("split", pa.string()),
+        ("cut", pa.int32()),
+        ("extra", pa.string()),
+        ("responses", pa.list_(_RESPONSE)),
+        ("pairs", pa.list_(pa.list_(pa.int32()))),
+    ]
+)
+
+
+def write_groups(path: Path, groups: Sequence[PromptGroup], metadata: dict[str, str] | None = None) -> None:
+    """One row a prompt; texts and extra columns as JSON, so that chat messages and plain text go the same way."""
+    rows = [
+        {
+            "prompt": text_key(g.prompt),
+            "ids": list(g.ids),
+            "split": g.split,
+            "cut": g.cut,
+            "extra": json.dumps(g.extra, ensure_ascii=False, default=str),
+            "responses": [
+                {"text": text_key(r.text), "ids": list(r.ids), "finished": r.finished, "source": r.source}
+                for r in g.responses
+            ],
+            "pairs": [list(p) for p in g.pairs],
+        }
+        for g in groups
+    ]
+    table = pa.Table.from_pylist(rows, schema=_SCHEMA.with_metadata(metadata or {}))
+    with fresh_file(path) as part:
+        pq.write_table(table, part, compression="zstd")
+
+
+def read_groups(path: Path) -> list[PromptGroup]:
+    groups = []
+    for row in pq.read_table(path).to_pylist():
+        groups.append(
+            PromptGroup(
+                json.loads(row["prompt"]),
+                tuple(row["ids"]),
+                row["split"],
+                json.loads(row["extra"]),
+                row["cut"],
+                [
+                    Response(json.loads(r["text"]), tuple(r["ids"]), r["finished"], r["source"])
+                    for r in row["responses"]
+                ],
+                [(p[0], p[1]) for p in row["pairs"]],
+            )
+        )
+    return groups
+
+
+def in_split(groups: Iterable[PromptGroup], *splits: str) -> list[PromptGroup]:
+    return [g for g in groups if g.split in splits]
+
+
+def plain_text(text: Text) -> str:
+    """What a person reads of a response: the text itself, or the messages' contents."""
+    return text if isinstance(text, str) else "\n".join(str(m["content"]) for m in text)
+
+
+def response_lengths(group: PromptGroup) -> np.ndarray:
+    """Tokens of each response, end token included."""
+    return np.array([len(r.ids) for r in group.responses])
