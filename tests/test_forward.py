@@ -116,9 +116,7 @@ def test_eager_attention_takes_the_tree_path():
     assert model.path == "tree"
     trees = [Tree((5, 6, 7), ((20, 21, 22, 2), (23, 2))), Tree((9,), ((30, 31),))]
     with torch.no_grad():
-        torch.testing.assert_close(
-            model.logps(model.collate(trees)), one_at_a_time(raw, trees), atol=1e-4, rtol=1e-6
-        )
+        torch.testing.assert_close(model.logps(model.collate(trees)), one_at_a_time(raw, trees), atol=1e-4, rtol=1e-6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

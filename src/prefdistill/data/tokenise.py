@@ -7,13 +7,13 @@ apart: no token ever straddles the seam (trl 1073, unsloth-zoo 1110).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from prefdistill.data.formats import Text
+from prefdistill.data.transcripts import common_length
 from prefdistill.errors import ConfigError, DataError
 
 
@@ -124,7 +124,7 @@ class Encoder:
         probes = [
             self._template([*prompt, {"role": "assistant", "content": c}], add_generation_prompt=False) for c in "AB"
         ]
-        return whole[len(os.path.commonprefix([start, *probes])) :]
+        return whole[min(common_length(start, probe) for probe in probes) :]
 
     def response_text(self, prompt: Text, response: Text) -> str:
         """The text that follows `prompt_text(prompt)`, with whatever the chat template puts after it."""

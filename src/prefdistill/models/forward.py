@@ -27,7 +27,7 @@ HEAD_CHUNK = 256
 PROBE_WINDOW = 4
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: Any) -> nn.Module:
     """The transformers model inside PEFT's and distributed wrappers (adapters stay in its layers)."""
     while True:
         if hasattr(model, "get_base_model"):
@@ -40,7 +40,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def backbone_of(model: nn.Module) -> nn.Module:
     """The part that maps tokens to final hidden states, [B, T] -> [B, T, H]."""
-    core = unwrap(model)
+    core: Any = unwrap(model)
     decoder = core.get_decoder() if hasattr(core, "get_decoder") else None
     if decoder is not None and decoder is not core:
         return decoder
@@ -81,11 +81,7 @@ class TreeModel:
 
     def hidden(self, batch: TreeBatch) -> Tensor:
         """Final hidden states, [B * T, H]."""
-        mask: Any
-        if batch.kind == "plain":
-            mask = (batch.segments >= 0).long()
-        else:
-            mask = self._masks(batch)
+        mask: Any = (batch.segments >= 0).long() if batch.kind == "plain" else self._masks(batch)
         out = self.backbone(
             input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
         )

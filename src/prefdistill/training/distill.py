@@ -1,0 +1,238 @@
+"""Distillation: a policy trained from columns alone; no reward model and no reference model is loaded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from prefdistill import losses
+from prefdistill.data.tree import Tree, TreeBatch
+from prefdistill.errors import ConfigError, DataError
+from prefdistill.training.methods import LossOptions, all_pairs, method_named, pair_losses
+from prefdistill.training.trees import TreeTrainer
+
+logger = logging.getLogger(__name__)
+
+FALL_NATS = 1.0
+LOGS_TO_JUDGE = 4
+
+
+@dataclass(frozen=True)
+class DistillExample:
+    """A prompt's tree with its columns.
+
+    Attributes:
+        tree: R responses.
+        reference_logps: [R] log pi_ref(y|x), summed over tokens.
+        rewards: [K, R]; K = 0 where the loss needs none.
+        pairs: labelled pairs (chosen, rejected) as indices into the responses.
+        from_reference: the responses that were drawn from pi_ref, over which forward KL is estimated.
+    """
+
+    tree: Tree
+    reference_logps: tuple[float, ...]
+    rewards: tuple[tuple[float, ...], ...] = ()
+    pairs: tuple[tuple[int, int], ...] = ()
+    from_reference: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        r = len(self.tree.responses)
+        if len(self.reference_logps) != r or any(len(k) != r for k in self.rewards):
+            raise DataError(f"a tree of {r} responses needs {r} reference log-probs and {r} rewards of each member")
+
+
+@dataclass
+class DistillConfig(transformers.TrainingArguments):
+    """TrainingArguments with the loss of the policy; a batch counts prompts, each with all its responses.
+
+    Attributes:
+        method: a row of the table of methods, see `prefdistill.training.methods`.
+        beta: inverse scale of implicit rewards (nats of reward a nat of log-ratio).
+        tau: IPO's regularisation.
+        label_smoothing: of cDPO and robust DPO: the probability that a label is flipped.
+        reward_scale: of reward-aware preference optimisation: factor on the explicit rewards.
+        kl_alpha: weight of KL(pi_ref || pi_theta) in p-dpo, dp-dpo and e-dpo.
+        ensemble_over: e-DPO's min is taken for each "pair" or for the whole "batch".
+        pairs: "labelled" pairs, or "all" pairs of a prompt's responses; "all" needs a loss of rewards, not of labels.
+    """
+
+    method: str = field(default="e-dpo", metadata={"help": "which objective to train"})
+    beta: float = 0.1
+    tau: float = 0.1
+    label_smoothing: float = 0.1
+    reward_scale: float = 1.0
+    kl_alpha: float = 0.01
+    ensemble_over: str = "pair"
+    pairs: str = "all"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        method = method_named(self.method)
+        if self.pairs not in ("labelled", "all"):
+            raise ConfigError(f"pairs is {self.pairs!r}; it must be labelled or all")
+        if self.ensemble_over not in ("pair", "batch"):
+            raise ConfigError(f"ensemble_over is {self.ensemble_over!r}; it must be pair or batch")
+        if self.kl_alpha < 0:
+            raise ConfigError(f"kl_alpha is {self.kl_alpha}; it must not be negative")
+        if not method.needs_rewards:
+            # Losses of labels have labelled pairs only.
+            self.pairs = "labelled"
+
+    @property
+    def loss_options(self) -> LossOptions:
+        over: Any = self.ensemble_over
+        return LossOptions(self.beta, self.tau, self.label_smoothing, self.reward_scale, over)
+
+
+def join_columns(items: Sequence[Mapping[str, Any]], *, pairs: str) -> dict[str, Tensor]:
+    """A batch's columns: reference_logps [R], rewards [K, R], pairs [P, 2], labelled [Q, 2], kl_samples [S]."""
+    reference: list[float] = []
+    rewards: list[Tensor] = []
+    used: list[tuple[int, int]] = []
+    labelled: list[tuple[int, int]] = []
+    kl: list[int] = []
+    for item in items:
+        e: DistillExample = item["example"]
+        start = len(reference)
+        reference += e.reference_logps
+        rewards.append(torch.tensor(e.rewards, dtype=torch.float64).reshape(len(e.rewards), -1))
+        labelled += [(start + a, start + b) for a, b in e.pairs]
+        chosen = all_pairs(len(e.tree.responses)) if pairs == "all" else e.pairs
+        used += [(start + a, start + b) for a, b in chosen]
+        kl += [start + i for i in e.from_reference]
+    return {
+        "reference_logps": torch.tensor(reference, dtype=torch.float64),
+        "rewards": torch.cat(rewards, dim=1) if rewards[0].shape[0] else torch.zeros(0, len(reference)),
+        "pairs": torch.tensor(used, dtype=torch.long).reshape(-1, 2),
+        "labelled": torch.tensor(labelled, dtype=torch.long).reshape(-1, 2),
+        "kl_samples": torch.tensor(kl, dtype=torch.long),
+    }
+
+
+class DistillTrainer(TreeTrainer):
+    """Trains a policy, which must start at pi_ref, on columns that scoring wrote.
+
+    Metrics have TRL's names (rewards/chosen, rewards/rejected, rewards/margins, rewards/accuracies, logps/chosen,
+    logps/rejected), over labelled pairs, and: distillation/error (root mean square of reward margin less beta h, in
+    reward units), ensemble/member_k (share of pairs for which e-DPO's min picks member k), kl/forward (estimate of
+    KL(pi_ref || pi_theta)), logps/chosen_change and logps/level_change (mean log-prob of chosen, and of all,
+    responses less the reference's, which is the start's).
+
+    Raises:
+        ConfigError: the method needs rewards, pairs or samples of pi_ref that the examples do not have.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: DistillConfig,
+        *,
+        examples: Sequence[DistillExample],
+        eval_examples: Sequence[DistillExample] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.method = method_named(args.method)
+        self.loss_options = args.loss_options
+        self.kl_alpha = args.kl_alpha if self.method.forward_kl else 0.0
+        self._falls: list[tuple[float, float]] = []
+        self._warned = False
+        kept = [e for e in examples if (len(e.tree.responses) > 1 if args.pairs == "all" else e.pairs)]
+        if not kept:
+            raise ConfigError(f"no example has a pair to train {args.method} on (pairs: {args.pairs})")
+        if self.method.needs_rewards and not all(e.rewards for e in kept):
+            raise ConfigError(f"{args.method} needs rewards, and some examples have none; score the pairs first")
+        if self.kl_alpha > 0 and not any(e.from_reference for e in kept):
+            raise ConfigError(
+                f"{args.method} has a forward-KL term (kl_alpha {args.kl_alpha}), but no response is known to be drawn "
+                "from the reference; sample some (sample.reference_per_prompt: 2), say that the pairs' own were "
+                "(dataset.drawn_from_reference: true), or set kl_alpha: 0"
+            )
+
+        def join(items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+            return join_columns(items, pairs=args.pairs)
+
+        super().__init__(
+            model,
+            args,
+            train_items=[{"tree": e.tree, "example": e} for e in kept],
+            eval_items=None if eval_examples is None else [{"tree": e.tree, "example": e} for e in eval_examples],
+            join=join,
+            **kwargs,
+        )
+
+    def loss_of(self, batch: TreeBatch, inputs: Mapping[str, Any]) -> Tensor:
+        policy, reference, rewards = self.tree_model.logps(batch), inputs["reference_logps"], inputs["rewards"]
+        first, second = inputs["pairs"].unbind(1)
+        h = losses.implicit_margin(policy[first], policy[second], reference[first], reference[second])
+        margins = rewards[:, first] - rewards[:, second] if len(rewards) else None
+        per_pair, member = pair_losses(self.method.loss, h, margins, self.loss_options)
+        loss = per_pair.mean()
+        kl_samples = inputs["kl_samples"]
+        if len(kl_samples):
+            kl = losses.forward_kl(policy[kl_samples], reference[kl_samples]).mean()
+            self.record(**{"kl/forward": kl})
+            if self.kl_alpha:
+                loss = loss + self.kl_alpha * kl
+        self._record_levels(policy.detach(), inputs)
+        if margins is not None:
+            error = (margins.mean(0) - self.loss_options.beta * h.detach()).square().mean().sqrt()
+            self.record(**{"distillation/error": error})
+        if member is not None and margins is not None:
+            share = torch.bincount(member, minlength=len(margins)) / len(member)
+            self.record(**{f"ensemble/member_{k}": s for k, s in enumerate(share)})
+        return loss
+
+    def _record_levels(self, policy: Tensor, inputs: Mapping[str, Any]) -> None:
+        change = policy - inputs["reference_logps"]
+        self.record(**{"logps/level_change": change.mean()})
+        if not len(inputs["labelled"]):
+            return
+        chosen, rejected = inputs["labelled"].unbind(1)
+        implicit = self.loss_options.beta * change
+        self.record(
+            **{
+                "rewards/chosen": implicit[chosen].mean(),
+                "rewards/rejected": implicit[rejected].mean(),
+                "rewards/margins": (implicit[chosen] - implicit[rejected]).mean(),
+                "rewards/accuracies": (implicit[chosen] > implicit[rejected]).double().mean(),
+                "logps/chosen": policy[chosen].mean(),
+                "logps/rejected": policy[rejected].mean(),
+                "logps/chosen_change": change[chosen].mean(),
+            }
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        if "logps/chosen_change" in logs:
+            self._falls.append((logs["logps/chosen_change"], logs["rewards/margins"]))
+            if not self._warned and degenerates(self._falls):
+                self._warned = True
+                logger.warning(
+                    "%s: the chosen responses' log-prob fell by %.1f nats since the start while the margins grew: the "
+                    "policy moves its mass to responses outside the data. A pairwise loss leaves the common level "
+                    "free; pin it with the forward-KL term (p-dpo, dp-dpo or e-dpo; larger kl_alpha), or train for "
+                    "fewer steps or with a larger beta.",
+                    self.args.method,
+                    -self._falls[-1][0],
+                )
+
+
+def degenerates(history: Sequence[tuple[float, float]]) -> bool:
+    """Whether (chosen log-prob change, margin) over the log lines shows DPO's degeneracy (Proposition 1).
+
+    The later half's mean chosen log-prob lies at least FALL_NATS below the start and below the earlier half's, while
+    the margin is positive and larger than in the earlier half.
+    """
+    if len(history) < LOGS_TO_JUDGE:
+        return False
+    half = len(history) // 2
+    mean = lambda part, i: sum(x[i] for x in part) / len(part)  # noqa: E731
+    early, late = history[:half], history[half:]
+    falls = mean(late, 0) <= -FALL_NATS and mean(late, 0) < mean(early, 0)
+    return falls and mean(late, 1) > max(0.0, mean(early, 1))

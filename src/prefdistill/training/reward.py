@@ -1,0 +1,180 @@
+"""Reward models by Bradley-Terry (paper, section 3): full, LoRA, or a linear head on frozen features."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from scipy import optimize, special
+from torch import Tensor, nn
+
+from prefdistill.data.tree import Tree, TreeBatch
+from prefdistill.training.trees import TreeTrainer
+
+L2_GRID = tuple(10.0**e for e in range(-4, 3))
+FOLDS = 4
+MAX_SCALE = 10.0
+
+
+@dataclass(frozen=True)
+class RewardExample:
+    """A tree, its pairs (chosen, rejected), and how often each pair stands in the member's resample."""
+
+    tree: Tree
+    pairs: tuple[tuple[int, int], ...]
+    weights: tuple[int, ...]
+
+
+def join_pairs(items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Pairs of a batch's trees as indices into its responses: `pairs` [P, 2], `weights` [P]."""
+    pairs, weights, start = [], [], 0
+    for item in items:
+        example: RewardExample = item["example"]
+        pairs += [(start + c, start + r) for c, r in example.pairs]
+        weights += list(example.weights)
+        start += len(example.tree.responses)
+    return {"pairs": torch.tensor(pairs), "weights": torch.tensor(weights, dtype=torch.float64)}
+
+
+class RewardTrainer(TreeTrainer):
+    """Trains a sequence classifier with one label on -log sigmoid(r(x, y_w) - r(x, y_l)).
+
+    The loss is the mean over the resample's pairs: a pair drawn twice counts twice, its tree is computed once.
+    """
+
+    pool = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: transformers.TrainingArguments,
+        *,
+        examples: Sequence[RewardExample],
+        eval_examples: Sequence[RewardExample] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        kept = [e for e in examples if any(e.weights)]
+        super().__init__(
+            model,
+            args,
+            train_items=[{"tree": e.tree, "example": e} for e in kept],
+            eval_items=None if eval_examples is None else [{"tree": e.tree, "example": e} for e in eval_examples],
+            join=join_pairs,
+            **kwargs,
+        )
+
+    def loss_of(self, batch: TreeBatch, inputs: Mapping[str, Any]) -> Tensor:
+        rewards = self.tree_model.rewards(batch).double()
+        pairs, weights = inputs["pairs"], inputs["weights"]
+        margins = rewards[pairs[:, 0]] - rewards[pairs[:, 1]]
+        total = weights.sum()
+        self.record(
+            accuracy=(weights * (margins > 0)).sum() / total,
+            margin=(weights * margins).sum() / total,
+        )
+        return -(weights * F.logsigmoid(margins)).sum() / total
+
+
+# -- a linear head on frozen features ------------------------------------------------------------------------------
+
+
+def fit_head(
+    differences: np.ndarray, weights: np.ndarray, clusters: np.ndarray, *, l2: float | None = None, seed: int = 0
+) -> tuple[np.ndarray, float]:
+    """The Bradley-Terry head w of least penalised loss, exactly (the problem is convex), and the penalty used.
+
+    Args:
+        differences: [P, H] features of the chosen less those of the rejected response.
+        weights: [P] how often each pair counts.
+        clusters: [P] the pair's prompt; cross-validation leaves out whole prompts.
+        l2: penalty on w in units of standardised features; None: the best of `L2_GRID` by cross-validation.
+
+    Returns:
+        w [H] for raw features, and l2.
+    """
+    used = weights > 0
+    differences, weights, clusters = differences[used], weights[used].astype(np.float64), clusters[used]
+    scale = np.sqrt(np.average(differences**2, axis=0, weights=weights)) + 1e-8
+    x = differences / scale
+    if l2 is None:
+        l2 = _best_l2(x, weights, clusters, seed)
+    return _solve(x, weights, l2) / scale, l2
+
+
+def _solve(x: np.ndarray, weights: np.ndarray, l2: float) -> np.ndarray:
+    total = weights.sum()
+
+    def objective(w: np.ndarray) -> tuple[float, np.ndarray]:
+        margins = x @ w
+        loss = float(weights @ np.logaddexp(0.0, -margins)) / total + 0.5 * l2 * float(w @ w)
+        gradient = -(x.T @ (weights * special.expit(-margins))) / total + l2 * w
+        return loss, gradient
+
+    found = optimize.minimize(objective, np.zeros(x.shape[1]), jac=True, method="L-BFGS-B", options={"maxiter": 500})
+    return np.asarray(found.x)
+
+
+def _best_l2(x: np.ndarray, weights: np.ndarray, clusters: np.ndarray, seed: int) -> float:
+    prompts = np.unique(clusters)
+    folds = min(FOLDS, len(prompts))
+    if folds < 2:
+        return 1.0
+    place = dict(zip(prompts, np.random.default_rng(seed).permutation(len(prompts)) % folds, strict=True))
+    fold = np.array([place[c] for c in clusters])
+
+    def held_out_loss(l2: float) -> float:
+        loss = 0.0
+        for f in range(folds):
+            out = fold == f
+            w = _solve(x[~out], weights[~out], l2)
+            loss += float(weights[out] @ np.logaddexp(0.0, -(x[out] @ w)))
+        return loss
+
+    return min(L2_GRID, key=held_out_loss)
+
+
+def calibrate(margins: np.ndarray) -> float:
+    """The factor s >= 0 on held-out margins (chosen less rejected) that makes them log-odds: least log-loss of s * m.
+
+    0 where the margins say nothing about the labels; at most MAX_SCALE, since separable data have no finite one.
+    """
+    if not len(margins):
+        return 1.0
+    found = optimize.minimize_scalar(
+        lambda s: float(np.logaddexp(0.0, -s * margins).mean()), bounds=(0.0, MAX_SCALE), method="bounded"
+    )
+    at_zero = float(np.log(2.0))
+    return 0.0 if found.fun >= at_zero else float(found.x)
+
+
+def scale_head(model: nn.Module, factor: float) -> None:
+    """Multiplies a classifier's rewards by `factor`, in its head's weights, so that whoever loads it gets log-odds."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.split(".")[-1] in ("weight", "bias") and ".original_module." not in name and _is_score(name):
+                parameter.mul_(factor)
+
+
+def _is_score(name: str) -> bool:
+    return "score" in name.split(".")
+
+
+def distinct_pad_id(tokenizer: Any, end_ids: Sequence[int]) -> int | None:
+    """A pad token that ends no response, for a classifier: transformers pools at the last token that is not it.
+
+    None where the tokenizer has no such token; transformers then pools before the end token, and so do we.
+    """
+    candidates = [
+        tokenizer.pad_token_id,
+        tokenizer.unk_token_id,
+        *sorted(i for i, t in getattr(tokenizer, "added_tokens_decoder", {}).items() if t.special),
+    ]
+    for candidate in candidates:
+        if candidate is not None and candidate not in end_ids and candidate != tokenizer.bos_token_id:
+            return int(candidate)
+    return None
