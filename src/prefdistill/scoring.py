@@ -136,6 +136,7 @@ def fill_columns(
     token_budget: int,
     precision: str,
     pool: bool = False,
+    pool_pad_id: int | None = None,
     progress: Progress = silent,
 ) -> int:
     """Computes what the columns lack, in length-sorted tree batches; returns how many responses were computed.
@@ -144,6 +145,7 @@ def fill_columns(
         columns: what `forward` returns by name -> the column that keeps it.
         load: gives the model; not called where nothing is missing.
         pool: read rewards where transformers pools, at the last token that is not the model's pad token.
+        pool_pad_id: pad token of the classifiers that will stand on these features, read as they would.
 
     Raises:
         DataError: a value is not finite; the message says how many and what to look at.
@@ -160,7 +162,7 @@ def fill_columns(
             keys: list[str] = []
             values: dict[str, list[np.ndarray]] = {name: [] for name in columns}
             for trees_of_batch in group:
-                batch = model.collate(trees_of_batch, pool_pad_id=_pool_pad(model) if pool else None)
+                batch = model.collate(trees_of_batch, pool_pad_id=_pool_pad(model) if pool else pool_pad_id)
                 with torch.inference_mode(), autocast(precision, device_of(model.model)):
                     out = forward(model, batch)
                 keys += [response_key(t.prompt_ids, r) for t in trees_of_batch for r in t.responses]

@@ -14,7 +14,7 @@ column, what was found and what to do. Nothing is repaired or dropped in silence
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -59,18 +59,34 @@ class Pair:
 
 
 def load_pairs(
-    source: str, *, split: str = "train", config_name: str | None = None, limit: int | None = None
+    source: str,
+    *,
+    split: str = "train",
+    config_name: str | None = None,
+    limit: int | None = None,
+    on_bad_row: Callable[[str, DataError], None] | None = None,
 ) -> list[Pair]:
-    """The pairs of a file, folder or hub data set (see `sources.read_rows`), at most `limit` from the beginning.
+    """The pairs of a file, folder or hub data set (see `sources.read_rows`), from at most `limit` rows.
+
+    Args:
+        on_bad_row: told of each row that cannot be used (where, why), which is then left out; None: the first stops
+            the reading. A file that cannot be parsed stops it in any case.
 
     Raises:
-        DataError: the source cannot be read, or a row of it cannot be used; reading stops at the first.
+        DataError: the source cannot be read, or a row of it cannot be used and `on_bad_row` is None.
         ConfigError: `limit` is less than 1.
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit is {limit}: give at least 1, or leave it out to read every row.")
-    rows = read_rows(source, split=split, config_name=config_name)
-    return [to_pair(row, where) for where, row in islice(rows, limit)]
+    pairs = []
+    for where, row in islice(read_rows(source, split=split, config_name=config_name), limit):
+        try:
+            pairs.append(to_pair(row, where))
+        except DataError as error:
+            if on_bad_row is None:
+                raise
+            on_bad_row(where, error)
+    return pairs
 
 
 def to_pair(row: dict[str, Any], where: str) -> Pair:

@@ -126,7 +126,14 @@ def _collate(
             last.append(base + _pool_position(prompt, response, start, pool_pad_id))
             start += n
     return TreeBatch(
-        input_ids, position_ids, segments, *map(torch.tensor, (source, target, response_of, last)), kind=kind
+        input_ids=input_ids,
+        position_ids=position_ids,
+        segments=segments,
+        source=torch.tensor(source),
+        target=torch.tensor(target),
+        response_of=torch.tensor(response_of),
+        last=torch.tensor(last),
+        kind=kind,
     )
 
 

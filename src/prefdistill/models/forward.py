@@ -27,7 +27,7 @@ HEAD_CHUNK = 256
 PROBE_WINDOW = 4
 
 
-def unwrap(model: Any) -> nn.Module:
+def unwrap(model: Any) -> Any:
     """The transformers model inside PEFT's and distributed wrappers (adapters stay in its layers)."""
     while True:
         if hasattr(model, "get_base_model"):
@@ -64,7 +64,7 @@ class TreeModel:
         self.model = model
         self.core: Any = unwrap(model)
         self.backbone: Any = backbone_of(model)
-        self.config = self.core.config.get_text_config()
+        self.config: Any = self.core.config.get_text_config()
         self.pad_id = int(self.config.pad_token_id or 0)
         self._mask_form = "plain"
         if path is None:

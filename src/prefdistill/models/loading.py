@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import nn
 
-from prefdistill.atomic import fresh_folder
+from prefdistill.atomic import fresh_file, fresh_folder
 from prefdistill.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
+EMBEDDED_POLICY = "embedded"
+ADAPTER = Path(__file__).parent.parent / "embedded" / "adapter"
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
@@ -25,7 +30,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     Raises:
         ConfigError: it cannot be found; the message says what to give instead.
     """
-    if name == EMBEDDED_MODEL:
+    if name in (EMBEDDED_MODEL, EMBEDDED_POLICY):
         folder, file = _embedded_gguf()
         return transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
     try:
@@ -42,6 +47,10 @@ def load_policy(name: str, *, trust_remote_code: bool = False) -> nn.Module:
     """
     if name == EMBEDDED_MODEL:
         return _load_embedded()
+    if name == EMBEDDED_POLICY:
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(_load_embedded(), str(ADAPTER)).merge_and_unload()
     if (Path(name) / "adapter_config.json").exists():
         from peft import AutoPeftModelForCausalLM
 
@@ -104,7 +113,7 @@ def _embedded_gguf() -> tuple[str, str]:
 
 def _load_embedded() -> nn.Module:
     folder, file = _embedded_gguf()
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
     # A model read from GGUF remembers its quantisation and cannot be saved: its weights go into a fresh one.
     fields = loaded.config.to_dict()
     for name in ("quantization_config", "_name_or_path"):
@@ -131,9 +140,60 @@ def add_lora(model: nn.Module, *, rank: int, alpha: float | None = None, dropout
     return get_peft_model(model, config)
 
 
-def save_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     """Writes an ordinary, loadable model folder (adapters merged), whole or not at all."""
-    merged = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    merged: Any = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
     with fresh_folder(folder) as beside:
         merged.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
+
+
+def new_classifier(base: str, pad_id: int | None, *, trust_remote_code: bool = False) -> nn.Module:
+    """A sequence classifier with one label on a language model's weights; its head starts at zero reward.
+
+    Raises:
+        ConfigError: the base cannot be loaded, or transformers has no classifier with a `score` head for its family.
+    """
+    try:
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(
+            base, num_labels=1, dtype=torch.float32, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(_not_loaded("base of a reward model", base, error)) from error
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        raise ConfigError(
+            f"{type(model).__name__} has no linear head named 'score'; use another family for reward.models"
+        )
+    model.config.pad_token_id = pad_id
+    with torch.no_grad():
+        model.score.weight.zero_()
+    return model
+
+
+def save_head(model: nn.Module, tokenizer: Any, folder: Path, backbone: Path) -> None:
+    """Writes a classifier whose backbone file is one and the same for all heads (a hard link), head beside it.
+
+    The folder is an ordinary sharded one: AutoModelForSequenceClassification reads it, and K heads cost the disk of
+    one backbone.
+
+    Args:
+        backbone: the shared file; written if it is not there.
+    """
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    head = {name: tensor for name, tensor in state.items() if name.startswith("score.")}
+    body = {name: tensor for name, tensor in state.items() if name not in head}
+    if not backbone.exists():
+        with fresh_file(backbone) as part:
+            save_file(body, part, metadata={"format": "pt"})
+    names = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    with fresh_folder(folder) as beside:
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        os.link(backbone, beside / names[0])
+        save_file(head, beside / names[1], metadata={"format": "pt"})
+        index = {
+            "metadata": {"total_size": sum(t.numel() * t.element_size() for t in state.values())},
+            "weight_map": {**dict.fromkeys(body, names[0]), **dict.fromkeys(head, names[1])},
+        }
+        (beside / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")

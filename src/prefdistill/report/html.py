@@ -200,10 +200,10 @@ def _point(record: Any) -> pictures.Point:
 
 
 def _point_by_error(record: Any) -> pictures.Point:
-    """As `_point`; without an interval, one standard error either way."""
-    mean, low, high = _point(record)
+    """Mean, and one standard error either way."""
+    mean, _, _ = _point(record)
     error = _mapping(record).get("standard_error")
-    return (mean, mean - error, mean + error) if low is None and is_number(error) else (mean, low, high)
+    return (mean, mean - error, mean + error) if is_number(error) else (mean, None, None)
 
 
 def _key_figures(summary: Mapping[Any, Any], methods: Mapping[Any, Mapping[Any, Any]]) -> list[dict[str, Any]]:
@@ -224,7 +224,7 @@ def _key_figures(summary: Mapping[Any, Any], methods: Mapping[Any, Mapping[Any, 
     highest("kl_policy_ref", "Farthest from the reference, KL", with_error)
     prompts = summary.get("prompts")
     if is_number(prompts):
-        figures.append({"label": "Held-out prompts", "value": f"{prompts:,}"})
+        figures.append({"label": "Prompts", "value": f"{prompts:,}"})
     accuracy = _mapping(summary.get("judge")).get("heldout_accuracy")
     if is_number(accuracy):
         figures.append({"label": "Judge right on held-out pairs", "value": percent(accuracy)})

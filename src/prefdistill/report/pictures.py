@@ -178,7 +178,7 @@ def intervals(
 
 @_drawn
 def reward_and_kl(points: Sequence[tuple[str, Point, Point]], palette: Palette) -> Figure | None:
-    """Advantage (up) against KL(policy || reference) (right), intervals both ways: up and to the left is better."""
+    """Advantage (up) against KL(policy || reference) (right), bars both ways: up and to the left is better."""
     points = [point for point in points if is_number(point[1][0]) and is_number(point[2][0])]
     if not points:
         return None
@@ -306,7 +306,11 @@ def correlations(matrix: Sequence[Sequence[Any]], names: Sequence[str]) -> Figur
     figure, axes = _figure(min(1.6 + 0.5 * size, 6.0))
     axes.grid(False)
     colours = matplotlib.colors.LinearSegmentedColormap.from_list("alike", ["#d55e00", "#ffffff", "#0072b2"])
-    axes.imshow(cells, cmap=colours.with_extremes(bad="#f1f2f4"), vmin=-1, vmax=1, aspect="auto")
+    centres = range(size)  # a mesh and not an image, which an SVG would hold as a raster
+    axes.pcolormesh(
+        centres, centres, cells, cmap=colours.with_extremes(bad="#f1f2f4"), vmin=-1, vmax=1, edgecolors="white"
+    )
+    axes.invert_yaxis()
     if size <= 10:
         for row, line in enumerate(cells):
             for column, cell in enumerate(line):

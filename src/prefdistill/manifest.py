@@ -1,0 +1,98 @@
+"""manifest.json: which stages are done, from which inputs, with which files. Its format stands in docs/files.md."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prefdistill.atomic import write_json
+from prefdistill.errors import DataError
+
+VERSION = 1
+
+
+@dataclass
+class StageRecord:
+    """A stage that is done.
+
+    Attributes:
+        fingerprint: of its options and of the fingerprints of the stages that it reads.
+        seconds: how long it took.
+        cost: its work in tokens read (a token trained counts as three), for the time left of later runs.
+        outputs: relative path -> {"bytes", "blake2b"}.
+        said: a line on what came out.
+    """
+
+    fingerprint: str
+    seconds: float
+    cost: float
+    outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    said: str = ""
+
+
+class Manifest:
+    """The stages of a run directory that are done."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.path = root / "manifest.json"
+        self.stages: dict[str, StageRecord] = {}
+        if self.path.exists():
+            try:
+                read = json.loads(self.path.read_text(encoding="utf-8"))
+                found = {name: StageRecord(**record) for name, record in read["stages"].items()}
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(
+                    f"{self.path} is broken ({error}); remove it to compute the run again in this directory"
+                ) from error
+            if read.get("version") != VERSION:
+                raise DataError(
+                    f"{self.path} has version {read.get('version')}, this prefdistill reads {VERSION}; use another "
+                    "output_dir"
+                )
+            self.stages = found
+
+    def is_done(self, stage: str, fingerprint: str) -> bool:
+        """Whether the stage was done from the same inputs and its files are still there, as large as they were."""
+        record = self.stages.get(stage)
+        if record is None or record.fingerprint != fingerprint:
+            return False
+        return all(
+            (self.root / path).is_file() and (self.root / path).stat().st_size == entry["bytes"]
+            for path, entry in record.outputs.items()
+        )
+
+    def finish(self, stage: str, record: StageRecord, outputs: list[Path]) -> None:
+        for output in outputs:
+            for file in sorted(output.rglob("*")) if output.is_dir() else [output]:
+                if file.is_file():
+                    with file.open("rb") as opened:
+                        digest = hashlib.file_digest(opened, "blake2b").hexdigest()
+                    path = file.relative_to(self.root).as_posix()
+                    record.outputs[path] = {"bytes": file.stat().st_size, "blake2b": digest[:32]}
+        self.stages[stage] = record
+        self.write()
+
+    def write(self) -> None:
+        stages = {name: asdict(record) for name, record in self.stages.items()}
+        write_json(self.path, {"version": VERSION, "stages": stages})
+
+
+def fingerprint_of(*parts: Any) -> str:
+    """A fingerprint of anything JSON can hold."""
+    text = json.dumps(parts, sort_keys=True, default=str, ensure_ascii=False)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def file_fingerprint(path: Path) -> str:
+    """Of a file's bytes, or of all files of a folder."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            digest.update(file.relative_to(path.parent).as_posix().encode())
+            with file.open("rb") as opened:
+                digest.update(hashlib.file_digest(opened, "blake2b").digest())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""What each stage of a run does: it reads the run directory, calls the rooms, and writes the run directory."""

@@ -1,0 +1,101 @@
+"""Stage `distill:METHOD`: trains a policy from the columns and keeps its history."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from prefdistill.atomic import write_json
+from prefdistill.data.table import PromptGroup, in_split
+from prefdistill.models.loading import add_lora, save_model
+from prefdistill.stages.members import member_rewards, reference_columns
+from prefdistill.stages.run import Run, last_checkpoint
+from prefdistill.training.callbacks import ProgressCallback, quiet
+from prefdistill.training.distill import DistillConfig, DistillExample, DistillTrainer
+from prefdistill.training.methods import METHODS
+
+
+def examples_of(run: Run, *splits: str, rewards: bool) -> list[DistillExample]:
+    """Trees of these splits with their reference and reward columns."""
+    groups = run.groups
+    logps = reference_columns(run)["logps"]
+    scores = member_rewards(run, groups) if rewards else []
+    out = []
+    for i, g in enumerate(groups):
+        if g.split in splits:
+            out.append(
+                DistillExample(
+                    g.tree,
+                    tuple(logps.of(g.tree).tolist()),
+                    tuple(tuple(member[i].tolist()) for member in scores),
+                    tuple(g.pairs),
+                    tuple(_from_reference(run, g)),
+                )
+            )
+    return out
+
+
+def _from_reference(run: Run, group: PromptGroup) -> list[int]:
+    """Responses over which forward KL is estimated: the sampled ones, or the data's own where they were drawn so.
+
+    Never both: the sampled ones are used where there are any.
+    """
+    sampled = [i for i, r in enumerate(group.responses) if r.source == "reference"]
+    if sampled or not run.config.dataset.drawn_from_reference:
+        return sampled
+    return list(range(len(group.responses)))
+
+
+def train_policy(run: Run, method: str, fingerprint: str) -> tuple[list[Path], str]:
+    options = run.config.distill
+    folder = run.policy_path(method)
+    work = run.work_path(f"distill-{method}", fingerprint)
+    examples = examples_of(run, "train", rewards=METHODS[method].needs_rewards)
+    lora = options.lora_rank > 0
+    transformers.set_seed(run.config.seed)
+    policy: Any = run.load_reference()
+    if lora:
+        policy = add_lora(policy, rank=options.lora_rank, task="CAUSAL_LM")
+    steps = max(1, round(options.epochs * len(examples) / options.batch_prompts))
+    arguments = DistillConfig(
+        **run.training_arguments(
+            work,
+            method=method,
+            beta=options.beta,
+            tau=options.tau,
+            label_smoothing=options.label_smoothing,
+            reward_scale=options.reward_scale,
+            kl_alpha=options.kl_alpha,
+            ensemble_over=options.ensemble_over,
+            pairs=options.pairs,
+            num_train_epochs=options.epochs,
+            per_device_train_batch_size=options.batch_prompts,
+            learning_rate=options.learning_rate or (1e-4 if lora else 1e-5),
+            warmup_steps=round(options.warmup_fraction * steps),
+            logging_steps=options.logging_steps,
+            save_steps=options.save_steps,
+        )
+        | options.training_arguments
+    )
+    trainer = quiet(DistillTrainer(policy, arguments, examples=examples, callbacks=[ProgressCallback(run.progress)]))
+    trainer.train(resume_from_checkpoint=last_checkpoint(work))
+    history = [h for h in trainer.state.log_history if "loss" in h]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    save_model(policy, run.tokenizer, folder)
+    write_json(folder / "history.json", history)
+    shutil.rmtree(work, ignore_errors=True)
+    said = f"{method}: {trainer.state.global_step} steps"
+    if history and "logps/chosen_change" in history[-1]:
+        last = history[-1]
+        said += (
+            f"; margins {last['rewards/margins']:+.3f}, accuracy {last['rewards/accuracies']:.2f}, chosen log-prob "
+            f"{last['logps/chosen_change']:+.2f} nats since the start"
+        )
+    return [folder], said
+
+
+def train_groups(run: Run) -> list[PromptGroup]:
+    return in_split(run.groups, "train")

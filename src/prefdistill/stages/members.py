@@ -1,0 +1,345 @@
+"""Stages `reference`, `reward`, `judge` and `score`: the columns of the reference, the members, their rewards."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from prefdistill.atomic import write_json
+from prefdistill.data.bias import resample
+from prefdistill.data.table import PromptGroup, in_split
+from prefdistill.data.tokenise import Encoder
+from prefdistill.data.tree import Tree
+from prefdistill.errors import ConfigError
+from prefdistill.models.loading import (
+    add_lora,
+    load_classifier,
+    load_tokenizer,
+    new_classifier,
+    save_head,
+    save_model,
+)
+from prefdistill.scoring import (
+    Column,
+    fill_columns,
+    logps_and_features_forward,
+    logps_forward,
+    model_fingerprint,
+    rewards_forward,
+)
+from prefdistill.stages.run import Run, last_checkpoint
+from prefdistill.training.callbacks import ProgressCallback, quiet
+from prefdistill.training.reward import (
+    RewardExample,
+    RewardTrainer,
+    calibrate,
+    distinct_pad_id,
+    fit_head,
+    scale_head,
+)
+
+JUDGE_SEED = 10_000
+FEW_PAIRS = 20
+
+
+# -- the reference's columns ---------------------------------------------------------------------------------------
+
+
+def uses_features(run: Run) -> bool:
+    judge = run.config.evaluate.judge == "heldout"
+    return run.config.reward.hold == "head" and (judge or (run.config.needs_rewards and run.config.reward.members > 0))
+
+
+def classifier_pad(run: Run) -> int | None:
+    """Pad token of the classifiers made here; EOS, as transformers would fall back to, where no other exists."""
+    pad = distinct_pad_id(run.tokenizer, run.encoder.end_ids)
+    return int(run.tokenizer.eos_token_id) if pad is None else pad
+
+
+def reference_columns(run: Run) -> dict[str, Column]:
+    """Log-probs under the reference and, where heads stand on them, its features."""
+    print_of_model = model_fingerprint(run.reference, run.precision)
+    columns = {"logps": Column(run.columns_path / "reference-logps", print_of_model)}
+    if uses_features(run):
+        print_of_pool = model_fingerprint(run.reference, run.precision, classifier_pad(run))
+        columns["features"] = Column(run.columns_path / "reference-features", print_of_pool)
+    return columns
+
+
+def make_reference(run: Run) -> tuple[list[Path], str]:
+    columns = reference_columns(run)
+    trees = [g.tree for g in run.groups]
+    computed = fill_columns(
+        columns,
+        trees,
+        run.load_reference,
+        logps_and_features_forward if "features" in columns else logps_forward,
+        token_budget=run.config.score.token_budget,
+        precision=run.precision,
+        pool_pad_id=classifier_pad(run),
+        progress=run.progress,
+    )
+    total = sum(len(t.responses) for t in trees)
+    what = "log-probs and features" if "features" in columns else "log-probs"
+    return _files(columns.values()), f"reference {what} of {total} responses, {total - computed} found from before"
+
+
+def _files(columns: Any) -> list[Path]:
+    return [c.folder for c in columns]
+
+
+# -- members -------------------------------------------------------------------------------------------------------
+
+
+def make_members(run: Run, fingerprint: str) -> tuple[list[Path], str]:
+    options = run.config.reward
+    facts = []
+    for k in range(options.members):
+        rho = options.rho[k % len(options.rho)] if options.resample == "length-bias" else None
+        how = options.resample + (f", rho {rho}" if rho is not None else "")
+        done = run.member_path(k) / "training.json"
+        # A member that an earlier, stopped try finished is not trained again.
+        if not (done.exists() and json.loads(done.read_text())["fingerprint"] == fingerprint):
+            run.say(f"member {k + 1} of {options.members}: {options.hold}, {how}")
+            record = train_member(
+                run,
+                in_split(run.groups, "train"),
+                run.member_path(k),
+                work=run.work_path(f"reward-{k}", fingerprint),
+                base=options.models[k % len(options.models)] if options.models else run.reference,
+                how=options.resample,
+                rho=rho,
+                seed=run.config.seed + 1 + k,
+            )
+            write_json(done, {**record, "resample": how, "fingerprint": fingerprint})
+        facts.append(json.loads(done.read_text()))
+    scales = ", ".join(f"{f['temperature']:.2f}" for f in facts)
+    return [run.member_path(k) for k in range(options.members)], (
+        f"{options.members} members; margins divided by {scales} to be log-odds on held-out pairs"
+    )
+
+
+def make_judge(run: Run, fingerprint: str) -> tuple[list[Path], str]:
+    """judge/: a reward model from pairs that no member has seen."""
+    groups = in_split(run.groups, "judge")
+    record = train_member(
+        run,
+        groups,
+        run.judge_path,
+        work=run.work_path("judge", fingerprint),
+        base=run.reference,
+        how="all",
+        rho=None,
+        seed=run.config.seed + JUDGE_SEED,
+    )
+    write_json(run.judge_path / "training.json", record)
+    return [run.judge_path], f"held-out judge from {record['pairs']} pairs over {len(groups)} prompts"
+
+
+def train_member(
+    run: Run,
+    groups: Sequence[PromptGroup],
+    folder: Path,
+    *,
+    work: Path,
+    base: str,
+    how: str,
+    rho: float | None,
+    seed: int,
+) -> dict[str, Any]:
+    """Trains one member, calibrates it on the validation pairs, saves it, and returns the facts of its training."""
+    options = run.config.reward
+    labelled = [g for g in groups if g.pairs]
+    flat = [(i, c, r) for i, g in enumerate(labelled) for c, r in g.pairs]
+    longer = np.array(
+        [np.sign(len(labelled[i].responses[c].ids) - len(labelled[i].responses[r].ids)) for i, c, r in flat]
+    )
+    weights = resample(how, longer, seed=seed, fraction=options.fraction, rho=rho)
+    validation = [g for g in in_split(run.groups, "validation") if g.pairs]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer = copy.deepcopy(run.tokenizer) if base == run.reference else load_tokenizer(base)
+    facts: dict[str, Any] = {"base": base, "hold": options.hold, "seed": seed, "pairs": int(weights.sum())}
+    if options.hold == "head":
+        pad = classifier_pad(run)
+        features = reference_columns(run)["features"]
+        x = np.concatenate([_pair_features(features, g) for g in labelled])
+        head, facts["l2"] = fit_head(x, weights, np.array([i for i, _, _ in flat]), l2=options.l2, seed=seed)
+        margins = np.concatenate([_pair_features(features, g) for g in validation]) @ head
+        scale = _scale(run, margins)
+        model: Any = new_classifier(base, pad)
+        with torch.no_grad():
+            model.score.weight.copy_(torch.tensor(scale * head, dtype=torch.float32)[None])
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+        save_head(model, tokenizer, folder, folder.parent / "backbone.safetensors")
+    else:
+        encoder = run.encoder if base == run.reference else Encoder(tokenizer)
+        model, margins = _train_model(run, labelled, validation, weights, encoder, base, work, seed)
+        scale = _scale(run, margins)
+        scale_head(model, scale)
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.pad_token_id)
+        save_model(model, tokenizer, folder)
+        shutil.rmtree(work, ignore_errors=True)
+    return {**facts, "temperature": float("inf") if scale == 0 else 1 / scale}
+
+
+def _scale(run: Run, margins: np.ndarray) -> float:
+    if len(margins) < FEW_PAIRS:
+        run.say(f"only {len(margins)} validation pairs: the scale of the rewards is rough")
+    return calibrate(margins)
+
+
+def _pair_features(features: Column, group: PromptGroup) -> np.ndarray:
+    values = features.of(group.tree)
+    return np.stack([values[c] - values[r] for c, r in group.pairs])
+
+
+def _train_model(
+    run: Run,
+    groups: Sequence[PromptGroup],
+    validation: Sequence[PromptGroup],
+    weights: np.ndarray,
+    encoder: Encoder,
+    base: str,
+    work: Path,
+    seed: int,
+) -> tuple[torch.nn.Module, np.ndarray]:
+    options = run.config.reward
+    pad = distinct_pad_id(encoder.tokenizer, encoder.end_ids)
+    pad = int(encoder.tokenizer.eos_token_id) if pad is None else pad
+    transformers.set_seed(seed)
+    model: Any = new_classifier(base, pad, trust_remote_code=run.config.trust_remote_code)
+    lora = options.hold == "lora"
+    if lora:
+        model = add_lora(model, rank=options.lora_rank, task="SEQ_CLS")
+    counts = iter(weights.tolist())
+    examples = [
+        RewardExample(tree, tuple(g.pairs), tuple(itertools.islice(counts, len(g.pairs))))
+        for g, tree in zip(groups, member_trees(run, groups, encoder), strict=True)
+    ]
+    arguments = transformers.TrainingArguments(
+        **run.training_arguments(
+            work,
+            num_train_epochs=options.epochs,
+            per_device_train_batch_size=options.batch_prompts,
+            learning_rate=options.learning_rate or (2e-4 if lora else 1e-5),
+            warmup_steps=5,
+            logging_steps=5,
+            save_steps=50,
+        )
+        | {"seed": seed}
+    )
+    trainer = quiet(
+        RewardTrainer(model, arguments, examples=examples, callbacks=[ProgressCallback(run.progress)])
+    )
+    trainer.train(resume_from_checkpoint=last_checkpoint(work))
+    trees = member_trees(run, validation, encoder)
+    scratch = Column(work / "validation", "scratch")
+    fill_columns(
+        {"rewards": scratch},
+        trees,
+        lambda: model,
+        rewards_forward,
+        token_budget=run.config.score.token_budget,
+        precision=run.precision,
+        pool=True,
+    )
+    margins = [scratch.of(t)[c] - scratch.of(t)[r] for t, g in zip(trees, validation, strict=True) for c, r in g.pairs]
+    return model, np.array(margins)
+
+
+def member_trees(run: Run, groups: Sequence[PromptGroup], encoder: Encoder) -> list[Tree]:
+    """The prompts' trees in a member's own tokens, which are the policy's unless its tokenizer is another one."""
+    if encoder is run.encoder:
+        return [g.tree for g in groups]
+    trees = []
+    for g in groups:
+        responses = [encoder.response_ids(g.prompt, r.text, finished=r.finished) for r in g.responses]
+        trees.append(Tree(encoder.prompt_ids(g.prompt).ids, tuple(r for r in responses if r is not None)))
+    return trees
+
+
+def encoder_of(run: Run, folder: str) -> Encoder:
+    """The encoder of a reward model: the run's own where its tokenizer is the same."""
+    tokenizer = load_tokenizer(folder, trust_remote_code=run.config.trust_remote_code)
+    same = (
+        tokenizer.get_vocab() == run.tokenizer.get_vocab() and tokenizer.chat_template == run.tokenizer.chat_template
+    )
+    return run.encoder if same else Encoder(tokenizer)
+
+
+# -- rewards -------------------------------------------------------------------------------------------------------
+
+
+def member_folders(run: Run) -> list[str]:
+    return [*(str(run.member_path(k)) for k in range(run.config.reward.members)), *run.config.reward.pretrained]
+
+
+def reward_column(run: Run, k: int, folder: str) -> Column:
+    return Column(run.columns_path / f"rewards-{k}", model_fingerprint(folder, run.precision))
+
+
+def member_rewards(run: Run, groups: Sequence[PromptGroup]) -> list[list[np.ndarray]]:
+    """Rewards [K][group] -> [R], centred: their mean over the training responses is 0; from columns only."""
+    out = []
+    train = [i for i, g in enumerate(groups) if g.split == "train"]
+    for k, folder in enumerate(member_folders(run)):
+        column, trees = reward_column(run, k, folder), member_trees(run, groups, encoder_of(run, folder))
+        values = [column.of(t) for t in trees]
+        centre = float(np.concatenate([values[i] for i in train] or values).mean())
+        out.append([v - centre for v in values])
+    return out
+
+
+def make_rewards(run: Run) -> tuple[list[Path], str]:
+    """Columns rewards-0..K-1 of every response."""
+    groups = run.groups
+    folders = member_folders(run)
+    computed = total = 0
+    columns = []
+    for k, folder in enumerate(folders):
+        column = reward_column(run, k, folder)
+        trees = member_trees(run, groups, encoder_of(run, folder))
+        total += sum(len(t.responses) for t in trees)
+        columns.append(column)
+        if k < run.config.reward.members and run.config.reward.hold == "head":
+            computed += _rewards_from_features(run, column, folder, trees)
+            continue
+        run.say(f"rewards of {folder}")
+        computed += fill_columns(
+            {"rewards": column},
+            trees,
+            lambda folder=folder: load_classifier(folder, trust_remote_code=run.config.trust_remote_code).to(run.device),  # type: ignore[misc]
+            rewards_forward,
+            token_budget=run.config.score.token_budget,
+            precision=run.precision,
+            pool=True,
+            progress=run.progress,
+        )
+    return _files(columns), f"{len(folders)} reward columns, {computed} values computed, {total - computed} found"
+
+
+def _rewards_from_features(run: Run, column: Column, folder: str, trees: Sequence[Tree]) -> int:
+    """A head's rewards are one matrix product with features that the reference pass left: no forward."""
+    from safetensors.numpy import load_file
+
+    from prefdistill.data.table import response_key
+
+    head = load_file(str(Path(folder) / "model-00002-of-00002.safetensors"))["score.weight"][0].astype(np.float64)
+    features = reference_columns(run)["features"]
+    keys = [response_key(t.prompt_ids, r) for t in trees for r in t.responses]
+    missing = list(dict.fromkeys(k for k in keys if k not in column.values))
+    unknown = [k for k in missing if k not in features.values]
+    if unknown:
+        raise ConfigError(f"{len(unknown)} responses have no features; run the stage 'reference' again")
+    if missing:
+        column.add(missing, np.stack([features.values[k] for k in missing]) @ head)
+    return len(missing)

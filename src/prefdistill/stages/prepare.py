@@ -1,0 +1,189 @@
+"""Stages `data`, `start` and `sample`: the pairs, the policy that training starts from, and its samples."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from prefdistill.atomic import write_json, write_text
+from prefdistill.config import EMBEDDED_DATA
+from prefdistill.data.formats import Pair, load_pairs
+from prefdistill.data.table import (
+    SPLITS,
+    PromptGroup,
+    Response,
+    add_responses,
+    assign_splits,
+    group_pairs,
+    in_split,
+    read_groups,
+    write_groups,
+)
+from prefdistill.data.tree import Tree
+from prefdistill.errors import DataError
+from prefdistill.evaluation.sampling import SamplingOptions, sample
+from prefdistill.models.loading import add_lora, load_policy, save_model
+from prefdistill.stages.run import Run, last_checkpoint
+from prefdistill.training.callbacks import ProgressCallback
+from prefdistill.training.sft import SFTTrainer
+
+EMBEDDED_PAIRS = Path(__file__).parent.parent / "embedded" / "docstring_pairs.parquet"
+
+
+def read_pairs(run: Run) -> tuple[list[Pair], list[dict[str, Any]]]:
+    """The run's pairs, and the rows left out under on_bad_row: drop. Nothing is written."""
+    options = run.config.dataset
+    source = str(EMBEDDED_PAIRS) if run.config.data == EMBEDDED_DATA else run.config.data
+    bad: list[dict[str, Any]] = []
+    pairs = load_pairs(
+        source,
+        split=options.split,
+        config_name=options.config_name,
+        limit=options.limit,
+        on_bad_row=None if options.on_bad_row == "stop" else lambda w, e: bad.append({"where": w, "reason": str(e)}),
+    )
+    if not pairs:
+        raise DataError(f"{source}: every row was dropped ({len(bad)}), the first because: {bad[0]['reason']}")
+    return pairs, bad
+
+
+def make_data(run: Run, pairs: list[Pair], bad: list[dict[str, Any]]) -> tuple[list[Path], str]:
+    """data/prompts.parquet: encoded, split, grouped by prompt."""
+    options = run.config.dataset
+    fractions = {"test": options.test_fraction, "validation": options.validation_fraction}
+    if run.config.evaluate.judge == "heldout":
+        fractions["judge"] = options.judge_fraction
+    splits = assign_splits(pairs, fractions, run.config.seed)
+    groups, dropped = group_pairs(pairs, run.encoder, splits=splits)
+    groups = _at_most(groups, {s: getattr(options, f"max_{s}_prompts", None) for s in SPLITS})
+    counts = {s: len(in_split(groups, s)) for s in SPLITS}
+    needed = ["train", "validation", "test", *(["judge"] if run.config.evaluate.judge == "heldout" else [])]
+    for name in needed:
+        if not counts[name]:
+            raise DataError(
+                f"{run.config.data}: no prompt is left in the split {name!r} (prompts: {counts}; pairs left out as too "
+                f"long: {dropped.pairs_too_long}); give more data, a larger dataset.{name}_fraction or "
+                "dataset.max_response_tokens"
+            )
+    write_groups(run.groups_path, groups)
+    said = (
+        f"{sum(len(g.pairs) for g in groups)} pairs over {len(groups)} prompts ("
+        + ", ".join(f"{n} {s}" for s, n in counts.items() if n)
+        + f"); left out: {dropped.pairs_too_long} too long, {dropped.same_tokens} with equal tokens, {len(bad)} bad "
+        f"rows; prompts cut: {dropped.prompts_cut}"
+    )
+    facts = {"prompts": counts, "pairs": sum(len(g.pairs) for g in groups), "bad_rows": len(bad)}
+    write_json(run.root / "data" / "data.json", {**facts, **dataclasses.asdict(dropped)})
+    outputs = [run.groups_path, run.root / "data" / "data.json"]
+    if bad:
+        outputs.append(run.root / "data" / "rejected.jsonl")
+        write_text(outputs[-1], "".join(json.dumps(b, ensure_ascii=False) + "\n" for b in bad))
+    return outputs, said
+
+
+def _at_most(groups: list[PromptGroup], bounds: dict[str, int | None]) -> list[PromptGroup]:
+    kept: list[PromptGroup] = []
+    seen: dict[str, int] = {}
+    for group in groups:
+        seen[group.split] = seen.get(group.split, 0) + 1
+        bound = bounds.get(group.split)
+        if bound is None or seen[group.split] <= bound:
+            kept.append(group)
+    return kept
+
+
+def make_start(run: Run, fingerprint: str) -> tuple[list[Path], str]:
+    """start/: pi_ref as an ordinary folder, after the supervised start where one is asked for."""
+    model = load_policy(run.config.model, trust_remote_code=run.config.trust_remote_code)
+    options = run.config.sft
+    if not options.enabled:
+        save_model(model, run.tokenizer, run.start_path)
+        return [run.start_path], "the starting policy, which is the reference"
+    folder = run.work_path("start", fingerprint)
+    trees = _demonstrations(run)
+    lora = options.lora_rank > 0
+    transformers.set_seed(run.config.seed)
+    policy = add_lora(model, rank=options.lora_rank, task="CAUSAL_LM") if lora else model
+    # Precision is measured on the model itself, whose folder does not exist yet.
+    from prefdistill.models.precision import choose_precision
+
+    bf16 = choose_precision(run.config.precision, model.config, run.device) == "bfloat16"
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        seed=run.config.seed,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=run.device.type == "cpu",
+        bf16=bf16,
+        save_total_limit=1,
+        save_steps=50,
+        num_train_epochs=options.epochs,
+        per_device_train_batch_size=options.batch_prompts,
+        learning_rate=options.learning_rate or (2e-4 if lora else 2e-5),
+        logging_steps=10,
+        warmup_steps=5,
+    )
+    trainer = SFTTrainer(policy, arguments, trees=trees, callbacks=[ProgressCallback(run.progress)])
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    history = [h["token_nll"] for h in trainer.state.log_history if "token_nll" in h]
+    save_model(policy, run.tokenizer, run.start_path)
+    shutil.rmtree(folder, ignore_errors=True)
+    return [run.start_path], (
+        f"supervised start on {len(trees)} prompts: {history[0]:.3f} to {history[-1]:.3f} nats a token"
+        if history
+        else f"supervised start on {len(trees)} prompts"
+    )
+
+
+def _demonstrations(run: Run) -> list[Tree]:
+    trees = []
+    column = run.config.sft.on
+    for g in in_split(read_groups(run.groups_path), "train"):
+        if column == "chosen":
+            best = dict.fromkeys(c for c, _ in g.pairs)
+            trees.append(Tree(g.ids, tuple(g.responses[c].ids for c in best)))
+            continue
+        if not isinstance(g.extra.get(column), str) or not g.extra[column].strip():
+            raise DataError(
+                f"{run.config.data}: a training row has no text in the column {column!r} that sft.on names; its "
+                f"columns besides the pair are: {', '.join(g.extra) or 'none'}"
+            )
+        ids = run.encoder.response_ids(g.prompt, g.extra[column])
+        if ids is not None:
+            trees.append(Tree(g.ids, (ids,)))
+    if not trees:
+        raise DataError(f"{run.config.data}: no demonstration fits into dataset.max_response_tokens")
+    return trees
+
+
+def make_samples(run: Run) -> tuple[list[Path], str]:
+    """data/sampled.parquet: the prompts, those of training with responses drawn from the reference joined."""
+    groups = read_groups(run.groups_path)
+    n, train = run.config.reference_samples, [g for g in groups if g.split == "train"]
+    bound = min(run.config.sample.max_new_tokens, run.config.dataset.max_response_tokens)
+    with run.progress(len(train), "prompts") as tick:
+        drawn = sample(
+            run.load_reference(),
+            [g.ids for g in train],
+            n=n,
+            end_ids=run.encoder.end_ids,
+            options=SamplingOptions(max_new_tokens=bound, seed=run.config.seed),
+            precision=run.precision,
+            token_budget=4 * run.config.score.token_budget,
+            progress=tick,
+        )
+    for group, samples in zip(train, drawn, strict=True):
+        add_responses(
+            group,
+            [Response(run.encoder.decode_response(s.ids), s.ids, s.finished, "reference") for s in samples],
+        )
+    write_groups(run.sampled_path, groups)
+    unfinished = sum(not s.finished for d in drawn for s in d)
+    return [run.sampled_path], (
+        f"{n} responses of the reference for each of {len(train)} training prompts, {unfinished} cut at {bound} tokens"
+    )

@@ -1,0 +1,164 @@
+"""The run directory as the stages see it: where files lie, what is asked for, how to say what happens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from prefdistill.config import RunConfig
+from prefdistill.data.table import PromptGroup, read_groups
+from prefdistill.data.tokenise import Encoder
+from prefdistill.models.loading import EMBEDDED_MODEL, EMBEDDED_POLICY, load_policy, load_tokenizer
+from prefdistill.models.precision import choose_precision
+from prefdistill.progress import Progress, on_terminal
+
+
+@dataclass
+class Run:
+    """A run directory and its configuration; nothing here is written without a stage asking for it."""
+
+    config: RunConfig
+    progress: Progress = field(default=on_terminal)
+
+    @property
+    def root(self) -> Path:
+        return Path(self.config.output_dir)
+
+    def say(self, text: str) -> None:
+        print(f"    {text}", file=sys.stderr, flush=True)
+
+    # -- places ----------------------------------------------------------------------------------------------------
+
+    @property
+    def groups_path(self) -> Path:
+        return self.root / "data" / "prompts.parquet"
+
+    @property
+    def sampled_path(self) -> Path:
+        return self.root / "data" / "sampled.parquet"
+
+    @property
+    def start_path(self) -> Path:
+        return self.root / "start"
+
+    @property
+    def columns_path(self) -> Path:
+        return Path(self.config.score.columns) if self.config.score.columns else self.root / "columns"
+
+    def member_path(self, k: int) -> Path:
+        return self.root / "reward" / f"member-{k}"
+
+    @property
+    def judge_path(self) -> Path:
+        return self.root / "judge"
+
+    def policy_path(self, method: str) -> Path:
+        return self.root / "policy" / method
+
+    def work_path(self, stage: str, fingerprint: str) -> Path:
+        """Checkpoints of a stage that is under way; another fingerprint finds none of them."""
+        return self.root / ".work" / f"{stage.replace(':', '-')}-{fingerprint[:12]}"
+
+    # -- what several stages read ----------------------------------------------------------------------------------
+
+    @property
+    def makes_start(self) -> bool:
+        """Whether the reference is made in this run: by a supervised start, or from the embedded package."""
+        return self.config.sft.enabled or self.config.model in (EMBEDDED_MODEL, EMBEDDED_POLICY)
+
+    @property
+    def reference(self) -> str:
+        """Folder or id of pi_ref, from which training starts."""
+        return str(self.start_path) if self.makes_start else self.config.model
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.config.model, trust_remote_code=self.config.trust_remote_code)
+
+    @cached_property
+    def generation_end_ids(self) -> tuple[int, ...]:
+        """End tokens that the model's generation configuration names besides the tokenizer's."""
+        if self.config.model in (EMBEDDED_MODEL, EMBEDDED_POLICY):
+            return ()
+        try:
+            generation = transformers.GenerationConfig.from_pretrained(self.config.model)
+        except OSError:
+            # A model need not have a generation configuration; the tokenizer's EOS then ends responses.
+            return ()
+        ends = generation.eos_token_id
+        return () if ends is None else tuple(ends) if isinstance(ends, list) else (ends,)
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        options = self.config.dataset
+        return Encoder(
+            self.tokenizer,
+            max_prompt_tokens=options.max_prompt_tokens,
+            max_response_tokens=options.max_response_tokens,
+            end_ids=self.generation_end_ids,
+        )
+
+    @cached_property
+    def tokenizer_fingerprint(self) -> str:
+        tokenizer = self.tokenizer
+        if tokenizer.is_fast:
+            made_of = tokenizer.backend_tokenizer.to_str()
+        else:
+            made_of = json.dumps(tokenizer.get_vocab(), sort_keys=True)
+        text = made_of + str(tokenizer.chat_template) + str(tokenizer.special_tokens_map)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    @property
+    def groups(self) -> list[PromptGroup]:
+        """All prompts with their responses, the sampled ones included."""
+        return read_groups(self.sampled_path if self.config.reference_samples else self.groups_path)
+
+    @cached_property
+    def precision(self) -> str:
+        config = transformers.AutoConfig.from_pretrained(
+            self.reference, trust_remote_code=self.config.trust_remote_code
+        )
+        asked = self.config.precision
+        chosen = choose_precision(asked, config, self.device)
+        if asked == "auto":
+            self.say(f"precision: {chosen} (the faster matrix product on this machine)")
+        return chosen
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def load_reference(self) -> torch.nn.Module:
+        model = load_policy(self.reference, trust_remote_code=self.config.trust_remote_code)
+        return model.to(self.device)
+
+    def training_arguments(self, folder: Path, **options: Any) -> dict[str, Any]:
+        """Arguments that every training of a run shares."""
+        return {
+            "output_dir": str(folder),
+            "seed": self.config.seed,
+            "report_to": [],
+            "disable_tqdm": True,
+            "use_cpu": self.device.type == "cpu",
+            "bf16": self.precision == "bfloat16",
+            "save_total_limit": 1,
+            "logging_nan_inf_filter": False,
+            **options,
+        }
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint of a stopped training, or None."""
+    if not folder.is_dir():
+        return None
+    from transformers.trainer_utils import get_last_checkpoint
+
+    return get_last_checkpoint(str(folder))
