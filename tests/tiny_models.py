@@ -55,3 +55,26 @@ def tiny(family: str, *, classifier: bool = False, seed: int = 0, **overrides):
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.25)
     return model.eval()
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def letters_tokenizer(**special):
+    """One token a printable ASCII character, ids below VOCAB, ChatML; pad 0, BOS 1 (never added), EOS 2, unknown 3."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    named = ["<pad>", "<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>"]
+    vocab = {t: i for i, t in enumerate([*named, "\n", *map(chr, range(32, 127))])}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", **special}
+    tokenizer = tf.PreTrainedTokenizerFast(
+        tokenizer_object=backend, additional_special_tokens=["<|im_start|>", "<|im_end|>"], **names
+    )
+    tokenizer.chat_template = CHATML
+    return tokenizer

@@ -170,7 +170,7 @@ def new_classifier(base: str, pad_id: int | None, *, trust_remote_code: bool = F
     return model
 
 
-def save_head(model: nn.Module, tokenizer: Any, folder: Path, backbone: Path) -> None:
+def save_head(model: Any, tokenizer: Any, folder: Path, backbone: Path) -> None:
     """Writes a classifier whose backbone file is one and the same for all heads (a hard link), head beside it.
 
     The folder is an ordinary sharded one: AutoModelForSequenceClassification reads it, and K heads cost the disk of

@@ -9,7 +9,7 @@ from typing import Any
 import transformers
 
 from prefdistill.atomic import write_json
-from prefdistill.data.table import PromptGroup, in_split
+from prefdistill.data.table import PromptGroup
 from prefdistill.models.loading import add_lora, save_model
 from prefdistill.stages.members import member_rewards, reference_columns
 from prefdistill.stages.run import Run, last_checkpoint
@@ -95,7 +95,3 @@ def train_policy(run: Run, method: str, fingerprint: str) -> tuple[list[Path], s
             f"{last['logps/chosen_change']:+.2f} nats since the start"
         )
     return [folder], said
-
-
-def train_groups(run: Run) -> list[PromptGroup]:
-    return in_split(run.groups, "train")

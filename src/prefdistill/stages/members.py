@@ -7,6 +7,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -237,9 +238,7 @@ def _train_model(
         )
         | {"seed": seed}
     )
-    trainer = quiet(
-        RewardTrainer(model, arguments, examples=examples, callbacks=[ProgressCallback(run.progress)])
-    )
+    trainer = quiet(RewardTrainer(model, arguments, examples=examples, callbacks=[ProgressCallback(run.progress)]))
     trainer.train(resume_from_checkpoint=last_checkpoint(work))
     trees = member_trees(run, validation, encoder)
     scratch = Column(work / "validation", "scratch")
@@ -270,9 +269,7 @@ def member_trees(run: Run, groups: Sequence[PromptGroup], encoder: Encoder) -> l
 def encoder_of(run: Run, folder: str) -> Encoder:
     """The encoder of a reward model: the run's own where its tokenizer is the same."""
     tokenizer = load_tokenizer(folder, trust_remote_code=run.config.trust_remote_code)
-    same = (
-        tokenizer.get_vocab() == run.tokenizer.get_vocab() and tokenizer.chat_template == run.tokenizer.chat_template
-    )
+    same = tokenizer.get_vocab() == run.tokenizer.get_vocab() and tokenizer.chat_template == run.tokenizer.chat_template
     return run.encoder if same else Encoder(tokenizer)
 
 
@@ -317,7 +314,7 @@ def make_rewards(run: Run) -> tuple[list[Path], str]:
         computed += fill_columns(
             {"rewards": column},
             trees,
-            lambda folder=folder: load_classifier(folder, trust_remote_code=run.config.trust_remote_code).to(run.device),  # type: ignore[misc]
+            partial(load_reward_model, run, folder),
             rewards_forward,
             token_budget=run.config.score.token_budget,
             precision=run.precision,
@@ -325,6 +322,10 @@ def make_rewards(run: Run) -> tuple[list[Path], str]:
             progress=run.progress,
         )
     return _files(columns), f"{len(folders)} reward columns, {computed} values computed, {total - computed} found"
+
+
+def load_reward_model(run: Run, folder: str) -> torch.nn.Module:
+    return load_classifier(folder, trust_remote_code=run.config.trust_remote_code).to(run.device)
 
 
 def _rewards_from_features(run: Run, column: Column, folder: str, trees: Sequence[Tree]) -> int:

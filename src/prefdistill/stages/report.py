@@ -1,0 +1,66 @@
+"""Stage `report`: puts together what the other stages wrote and has it laid out as one HTML file."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from prefdistill.atomic import write_text
+from prefdistill.manifest import Manifest
+from prefdistill.report.html import write_report
+from prefdistill.stages.run import Run
+
+
+def make_report(run: Run, manifest: Manifest) -> tuple[list[Path], str]:
+    folder = run.root / "evaluation"
+    summary = _read(folder / "summary.json")
+    ensemble = _read(folder / "ensemble.json")
+    html = write_report(
+        {
+            "title": f"prefdistill: {run.root.name}",
+            "generated": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+            "version": version("prefdistill"),
+            "summary": summary,
+            "training": {m: _history(run, m) for m in run.config.methods},
+            **ensemble,
+            "samples": _read(folder / "side_by_side.json"),
+            "warnings": summary["warnings"],
+            "config": run.config.as_yaml(),
+            "environment": _environment(run),
+            "stages": [{"name": n, "seconds": r.seconds, "said": r.said} for n, r in manifest.stages.items()],
+        }
+    )
+    path = run.root / "report.html"
+    write_text(path, html)
+    return [path], f"open {path}"
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _history(run: Run, method: str) -> dict[str, Any]:
+    history = _read(run.policy_path(method) / "history.json")
+    names = {
+        "steps": "step",
+        "logps/chosen_change": "logps/chosen_change",
+        "rewards/margins": "rewards/margins",
+        "loss_values": "loss",
+        "level_change": "logps/level_change",
+    }
+    return {"loss": method} | {key: [h.get(name) for h in history] for key, name in names.items()}
+
+
+def _environment(run: Run) -> dict[str, str]:
+    packages = ("prefdistill", "torch", "transformers", "peft", "numpy", "scipy")
+    return {
+        "python": platform.python_version(),
+        **{p: version(p) for p in packages},
+        "machine": platform.machine(),
+        "precision": run.precision,
+        "device": str(run.device),
+    }
