@@ -105,16 +105,15 @@ def _judge(
     trees, index = [], []
     for g, ts, fs in zip(groups, texts, finished, strict=True):
         prompt = encoder.prompt_ids(g.prompt).ids
-        # An empty response that was cut off has no token to stand on; it is judged as one that ended at once.
-        ids = [
-            encoder.response_ids(g.prompt, t, finished=f) or encoder.response_ids(g.prompt, t)
+        # A sample cut off before its first letter has no token to stand on; it is judged as one that ended at once.
+        known = [
+            encoder.response_ids(g.prompt, t, finished=f) or encoder.response_ids(g.prompt, t) or ()
             for t, f in zip(ts, fs, strict=True)
         ]
-        known = [i if i is not None else () for i in ids]
         distinct = tuple(dict.fromkeys(known))
         trees.append(Tree(prompt, distinct))
         index.append([distinct.index(i) for i in known])
-    column = Column(run.columns_path / f"judge-{who}", model_fingerprint(folder, run.precision))
+    column = run.column(f"judge-{who}", model_fingerprint(folder, run.precision))
     fill_columns(
         {"rewards": column},
         trees,
@@ -151,7 +150,8 @@ def judge_facts(run: Run, groups: list[PromptGroup]) -> dict[str, Any]:
 def logps_of(run: Run, method: str, trees: list[Tree]) -> Column:
     """A policy's log-probs of these responses, kept as a column."""
     folder = policy_of(run, method)
-    column = Column(run.columns_path / f"policy-{method}", model_fingerprint(folder, run.precision))
+    name = "reference-logps" if method == "reference" else f"policy-{method}"
+    column = run.column(name, model_fingerprint(folder, run.precision))
 
     def load() -> torch.nn.Module:
         return load_policy(folder, trust_remote_code=run.config.trust_remote_code).to(run.device)

@@ -69,10 +69,10 @@ def classifier_pad(run: Run) -> int | None:
 def reference_columns(run: Run) -> dict[str, Column]:
     """Log-probs under the reference and, where heads stand on them, its features."""
     print_of_model = model_fingerprint(run.reference, run.precision)
-    columns = {"logps": Column(run.columns_path / "reference-logps", print_of_model)}
+    columns = {"logps": run.column("reference-logps", print_of_model)}
     if uses_features(run):
         print_of_pool = model_fingerprint(run.reference, run.precision, classifier_pad(run))
-        columns["features"] = Column(run.columns_path / "reference-features", print_of_pool)
+        columns["features"] = run.column("reference-features", print_of_pool)
     return columns
 
 
@@ -281,7 +281,7 @@ def member_folders(run: Run) -> list[str]:
 
 
 def reward_column(run: Run, k: int, folder: str) -> Column:
-    return Column(run.columns_path / f"rewards-{k}", model_fingerprint(folder, run.precision))
+    return run.column(f"rewards-{k}", model_fingerprint(folder, run.precision))
 
 
 def member_rewards(run: Run, groups: Sequence[PromptGroup]) -> list[list[np.ndarray]]:

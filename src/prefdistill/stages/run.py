@@ -19,6 +19,7 @@ from prefdistill.data.tokenise import Encoder
 from prefdistill.models.loading import EMBEDDED_MODEL, EMBEDDED_POLICY, load_policy, load_tokenizer
 from prefdistill.models.precision import choose_precision
 from prefdistill.progress import Progress, on_terminal
+from prefdistill.scoring import Column
 
 
 @dataclass
@@ -49,9 +50,11 @@ class Run:
     def start_path(self) -> Path:
         return self.root / "start"
 
-    @property
-    def columns_path(self) -> Path:
-        return Path(self.config.score.columns) if self.config.score.columns else self.root / "columns"
+    def column(self, name: str, fingerprint: str) -> Column:
+        """A column of this run; in a folder that runs share, each model's values have a place of their own."""
+        shared = self.config.score.columns
+        folder = Path(shared) / f"{name}-{fingerprint[:12]}" if shared else self.root / "columns" / name
+        return Column(folder, fingerprint)
 
     def member_path(self, k: int) -> Path:
         return self.root / "reward" / f"member-{k}"

@@ -1,0 +1,170 @@
+"""The command line: parsing and help. Every option of the YAML is a flag of the same name."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from typing import Any
+
+COMMANDS = {
+    "run": "all stages: pairs to policy to report",
+    "sft": "up to the supervised start",
+    "reward": "up to the trained reward models",
+    "score": "up to the columns of reference log-probs and rewards",
+    "distill": "up to the trained policies",
+    "evaluate": "up to the comparison with the starting policy",
+    "report": "up to the report",
+    "config": "print a YAML with every option at its value",
+}
+
+USAGE = """usage: prefdistill COMMAND [CONFIG.yaml] [--option value ...]
+
+Robust preference optimisation by reward model distillation.
+
+{commands}
+
+  prefdistill run --data pairs.jsonl --model MODEL --output-dir runs/mine
+  prefdistill run config.yaml --distill.beta 0.2
+  prefdistill COMMAND --help     every option
+
+A stage that is done is not done again: the same command twice does nothing the second time, and a run that was
+stopped goes on where it was.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 done, 2 an option or the data cannot be used, 130 interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    commands = "\n".join(f"  {name:<10} {does}" for name, does in COMMANDS.items())
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE.format(commands=commands))
+        return 0
+    if argv[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("prefdistill"))
+        return 0
+    if argv[0] not in COMMANDS:
+        print(f"prefdistill: unknown command {argv[0]!r}; use one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    return _command(argv[0], argv[1:])
+
+
+def _command(command: str, argv: list[str]) -> int:
+    from prefdistill.errors import PrefdistillError
+
+    try:
+        config = parse(command, argv)
+        if command == "config":
+            config.check()
+            print(config.as_yaml(), end="")
+            return 0
+        _quiet()
+        from prefdistill import pipeline
+
+        root = pipeline.run(config, until=None if command == "run" else pipeline.UNTIL[command])
+    except PrefdistillError as error:
+        print(f"prefdistill: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("prefdistill: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    if command in ("run", "evaluate", "report"):
+        _print_summary(root)
+    return 0
+
+
+def parse(command: str, argv: list[str]) -> Any:
+    """A RunConfig from a YAML file (first, if there is one) and flags, which win."""
+    from jsonargparse import ArgumentParser
+
+    from prefdistill.config import RunConfig
+    from prefdistill.errors import ConfigError
+
+    # --output-dir and --output_dir are one, as users of other trainers write both.
+    argv = [_underscored(a) for a in argv]
+    if argv and not argv[0].startswith("-"):
+        if not os.path.isfile(argv[0]):
+            raise ConfigError(f"the configuration file {argv[0]} does not exist; give a YAML file, or flags alone")
+        argv = ["--config", *argv]
+    parser = ArgumentParser(prog=f"prefdistill {command}", description=COMMANDS[command], exit_on_error=False)
+    parser.add_argument("--config", action="config", help="a YAML file with these options")
+    parser.add_class_arguments(RunConfig, as_group=False)
+    try:
+        parsed = parser.parse_args(argv)
+    except Exception as error:
+        # jsonargparse raises several kinds, argparse's own among them; all of them mean a wrong option.
+        raise ConfigError(_short(error)) from error
+    values = parser.instantiate_classes(parsed)
+    names = RunConfig.__dataclass_fields__
+    return RunConfig(**{name: getattr(values, name) for name in names})
+
+
+def _underscored(argument: str) -> str:
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def _short(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return "; ".join(lines[:4]) + " (see --help)"
+
+
+def _quiet() -> None:
+    """Leaves the terminal to the stages: libraries' bars and advice go away, warnings of ours stay."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(format="    warning: %(message)s", level=logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch|transformers|peft|accelerate")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def _print_summary(root: Any) -> None:
+    import json
+
+    from rich.console import Console
+    from rich.table import Table
+
+    path = root / "evaluation" / "summary.json"
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    table = Table(title=f"{summary['prompts']} held-out prompts, judged by {summary['judge']['name']}")
+    for column in ("method", "advantage [95%]", "at equal length", "win rate [95%]", "KL", "tokens", "chosen logp"):
+        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
+    for name, m in summary["methods"].items():
+        table.add_row(
+            name,
+            _interval(m["advantage"], "{:+.2f}"),
+            _interval(m["advantage_equal_length"], "{:+.2f}"),
+            _interval(m["win_rate"], "{:.0%}"),
+            _number(m["kl_policy_ref"]["mean"], "{:.2f}"),
+            _number(m["length_mean"], "{:.1f}"),
+            _number(m["chosen_logp_change"], "{:+.2f}"),
+        )
+    console = Console()
+    console.print(table)
+    console.print(summary["verdict"], markup=False)
+    for warning in summary["warnings"]:
+        console.print(f"warning: {warning['text']} {warning['what_to_do']}", markup=False)
+    console.print(f"report: {root / 'report.html'}", markup=False)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "n/a" if value is None else form.format(value)
+
+
+def _interval(estimate: dict[str, Any] | None, form: str) -> str:
+    if estimate is None:
+        return "n/a"
+    low, high = (_number(v, form) for v in estimate["ci95"])
+    return f"{_number(estimate['mean'], form)} [{low}, {high}]"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

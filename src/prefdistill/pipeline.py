@@ -1,0 +1,266 @@
+"""The stages of a run, in order: which are done, which go on, how long is left."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from prefdistill.atomic import write_text
+from prefdistill.config import RunConfig
+from prefdistill.data.formats import Pair
+from prefdistill.errors import ConfigError
+from prefdistill.manifest import Manifest, StageRecord, file_fingerprint, fingerprint_of
+from prefdistill.scoring import model_fingerprint
+from prefdistill.stages import distill, evaluate, members, prepare, report
+from prefdistill.stages.run import Run
+from prefdistill.training.methods import METHODS
+
+Outcome = tuple[list[Path], str]
+
+# Work of a stage in passes over the training tokens, for the time left: a training step costs three forwards.
+TRAIN_PASSES = 3.0
+SAMPLE_PASSES = 2.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage: what it hangs on, how much work it is, and what does it.
+
+    Attributes:
+        name: as in the manifest.
+        does: said when it starts.
+        options: the options that its result hangs on.
+        after: stages whose results it reads.
+        cost: work in passes over the training tokens.
+        work: given the stage's fingerprint; returns the files it wrote and a line to say.
+    """
+
+    name: str
+    does: str
+    options: Any
+    after: tuple[str, ...]
+    cost: float
+    work: Callable[[str], Outcome]
+
+
+def run(config: RunConfig, *, until: str | None = None) -> Path:
+    """Runs what is missing of a run, in `config.output_dir`, and returns that directory.
+
+    Args:
+        until: the last stage to run: start, reward, score, distill, evaluate or report; None for all.
+
+    Raises:
+        ConfigError, DataError: an option or a row cannot be used; nothing was written if the run is new.
+    """
+    config.check()
+    _check_output(config)
+    job = Run(config)
+    # Bad data or a model that is not there must stop the run before its directory exists.
+    pairs, bad = prepare.read_pairs(job)
+    source = _data_fingerprint(config, job)
+    manifest = Manifest(job.root)
+    stages = _up_to(plan(job, manifest, pairs, bad, source), until)
+    config.write(job.root / "config.yaml")
+    prints: dict[str, str] = {}
+    todo = []
+    for stage in stages:
+        prints[stage.name] = fingerprint_of(stage.name, stage.options, [prints[a] for a in stage.after if a in prints])
+        if not manifest.is_done(stage.name, prints[stage.name]):
+            todo.append(stage)
+    if not todo:
+        _say(f"nothing to do: all {len(stages)} stages of {job.root} are done")
+        return job.root
+    began, spent, worked = time.monotonic(), 0.0, 0.0
+    for number, stage in enumerate(stages, start=1):
+        if stage not in todo:
+            _say(f"[{number}/{len(stages)}] {stage.name}: done before")
+            continue
+        rest = sum(s.cost for s in todo[todo.index(stage) :])
+        left = f", about {_minutes(spent / worked * rest)} left in all" if worked > 1 else ""
+        _say(f"[{number}/{len(stages)}] {stage.name}: {stage.does}{left}")
+        start = time.monotonic()
+        outputs, said = stage.work(prints[stage.name])
+        seconds = time.monotonic() - start
+        spent, worked = spent + seconds, worked + stage.cost
+        manifest.finish(stage.name, StageRecord(prints[stage.name], round(seconds, 2), stage.cost, said=said), outputs)
+        _say(f"    {said} ({_minutes(seconds)})")
+    _say(f"done in {_minutes(time.monotonic() - began)}: {job.root}")
+    return job.root
+
+
+def plan(job: Run, manifest: Manifest, pairs: list[Pair], bad: list[dict[str, Any]], source: str) -> list[Stage]:
+    """The stages of this run in order; each stage's options are all that its result hangs on."""
+    config = job.config
+    common = {"seed": config.seed, "precision": config.precision}
+    tokens = {"tokenizer": job.tokenizer_fingerprint, "ends": job.generation_end_ids}
+    stages = [
+        Stage(
+            "data",
+            f"reading, encoding and splitting {config.data}",
+            [asdict(config.dataset), source, tokens, config.seed, config.evaluate.judge == "heldout"],
+            (),
+            0.1,
+            lambda _: prepare.make_data(job, pairs, bad),
+        )
+    ]
+    model = model_fingerprint(config.model)
+    if job.makes_start:
+        sft = config.sft
+        stages.append(
+            Stage(
+                "start",
+                "supervised start" if sft.enabled else "putting the starting policy into a folder",
+                [model, asdict(sft), common] if sft.enabled else [model],
+                ("data",) if sft.enabled else (),
+                TRAIN_PASSES * sft.epochs if sft.enabled else 0.5,
+                lambda fingerprint: prepare.make_start(job, fingerprint),
+            )
+        )
+    base = ["data", "start"]
+    if config.reference_samples:
+        stages.append(
+            Stage(
+                "sample",
+                f"{config.reference_samples} responses of the reference for each training prompt",
+                [config.reference_samples, config.sample.max_new_tokens, common, model],
+                tuple(base),
+                SAMPLE_PASSES,
+                lambda _: prepare.make_samples(job),
+            )
+        )
+        base.append("sample")
+    stages.append(
+        Stage(
+            "reference",
+            "log-probs of every response under the reference, once",
+            [model, common, members.uses_features(job)],
+            tuple(base),
+            1.5,
+            lambda _: members.make_reference(job),
+        )
+    )
+    reward = asdict(config.reward)
+    trained = 0.2 if config.reward.hold == "head" else (TRAIN_PASSES + 1) * config.reward.epochs
+    if config.needs_rewards:
+        stages += [
+            Stage(
+                "reward",
+                f"training {config.reward.members} reward models",
+                [reward, common],
+                ("reference",),
+                trained * config.reward.members,
+                lambda fingerprint: members.make_members(job, fingerprint),
+            ),
+            Stage(
+                "score",
+                "rewards of every response by every member, once",
+                [reward["pretrained"], common],
+                ("reference", "reward"),
+                0.1 if config.reward.hold == "head" else 1.5 * config.reward.members,
+                lambda _: members.make_rewards(job),
+            ),
+        ]
+    if config.evaluate.judge == "heldout":
+        stages.append(
+            Stage(
+                "judge",
+                "training the judge on pairs of its own",
+                [reward, common],
+                ("reference",),
+                trained,
+                lambda fingerprint: members.make_judge(job, fingerprint),
+            )
+        )
+    for method in config.methods:
+        stages.append(_distillation(job, method, common))
+    for method in ["reference", *config.methods]:
+        stages.append(_drawing(job, method, common))
+    stages += [
+        Stage(
+            "evaluate",
+            "scores, log-probs and statistics",
+            [asdict(config.evaluate), common, config.methods],
+            ("data", "reference", "score", "judge", *(f"evaluate:{m}" for m in ["reference", *config.methods])),
+            0.5 * (1 + len(config.methods)),
+            lambda _: evaluate.summarise(job),
+        ),
+        Stage("report", "writing the report", [], ("evaluate",), 0.1, lambda _: report.make_report(job, manifest)),
+    ]
+    return stages
+
+
+def _distillation(job: Run, method: str, common: dict[str, Any]) -> Stage:
+    needs = METHODS[method].needs_rewards
+    return Stage(
+        f"distill:{method}",
+        f"training the policy with {method}",
+        [method, asdict(job.config.distill), common],
+        ("reference", "score") if needs else ("reference",),
+        TRAIN_PASSES * job.config.distill.epochs,
+        lambda fingerprint: distill.train_policy(job, method, fingerprint),
+    )
+
+
+def _drawing(job: Run, method: str, common: dict[str, Any]) -> Stage:
+    e = job.config.evaluate
+    return Stage(
+        f"evaluate:{method}",
+        f"sampling from {method} on held-out prompts",
+        [e.samples, e.max_new_tokens, e.temperature, e.top_p, common],
+        ("data", "reference" if method == "reference" else f"distill:{method}"),
+        SAMPLE_PASSES * (2 if method == "reference" else 1) * 0.5,
+        lambda _: evaluate.draw(job, method),
+    )
+
+
+UNTIL = {
+    "sft": "start",
+    "reward": "reward",
+    "score": "score",
+    "distill": "distill",
+    "evaluate": "evaluate",
+    "report": "report",
+}
+
+
+def _up_to(stages: list[Stage], until: str | None) -> list[Stage]:
+    if until is None:
+        return stages
+    last = [i for i, s in enumerate(stages) if s.name.split(":")[0] == until]
+    if not last:
+        raise ConfigError(
+            f"this run has no stage {until!r} (its methods or options do not need one); its stages are: "
+            + ", ".join(s.name for s in stages)
+        )
+    # `evaluate` names the sampling of each method and the summary; the last of them ends the run.
+    return stages[: last[-1] + 1]
+
+
+def _check_output(config: RunConfig) -> None:
+    root = Path(config.output_dir)
+    if root.exists() and not root.is_dir():
+        raise ConfigError(f"output_dir {root} is a file; give a directory")
+    if root.is_dir() and any(root.iterdir()) and not (root / "config.yaml").exists():
+        raise ConfigError(f"output_dir {root} holds files that are not a run's; give a new or empty directory")
+
+
+def _data_fingerprint(config: RunConfig, job: Run) -> str:
+    path = prepare.EMBEDDED_PAIRS if config.data == "embedded" else Path(config.data)
+    return file_fingerprint(path) if path.exists() else fingerprint_of(config.data, config.dataset.split)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def write_example(path: Path) -> None:
+    """A YAML with every option at its default, to start from."""
+    write_text(path, RunConfig().as_yaml())
