@@ -88,7 +88,8 @@ def test_grouping_keeps_every_pair_and_repeats_no_response(rows):
     found = [(g.prompt, g.responses[a].text, g.responses[b].text) for g in groups for a, b in g.pairs]
     assert Counter(found) == Counter(fits)
     assert dropped.pairs_too_long == len(rows) - len(fits)
-    assert [g.prompt for g in groups] == sorted({r[0] for r in fits}, key=[r[0] for r in fits].index) or not fits
+    order = list(dict.fromkeys(row[0] for row in rows))
+    assert [g.prompt for g in groups] == [p for p in order if any(row[0] == p for row in fits)]
     for g in groups:
         assert len({r.ids for r in g.responses}) == len(g.responses)
         assert {i for p in g.pairs for i in p} == set(range(len(g.responses)))

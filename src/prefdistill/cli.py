@@ -84,7 +84,7 @@ def parse(command: str, argv: list[str]) -> Any:
     from prefdistill.errors import ConfigError
 
     # --output-dir and --output_dir are one, as users of other trainers write both.
-    argv = [_underscored(a) for a in argv]
+    argv = _lists([_underscored(a) for a in argv])
     if argv and not argv[0].startswith("-"):
         if not os.path.isfile(argv[0]):
             raise ConfigError(f"the configuration file {argv[0]} does not exist; give a YAML file, or flags alone")
@@ -107,6 +107,22 @@ def _underscored(argument: str) -> str:
         return argument
     name, equals, value = argument.partition("=")
     return "--" + name[2:].replace("-", "_") + equals + value
+
+
+LISTS = ("--methods", "--reward.rho", "--reward.models", "--reward.pretrained")
+
+
+def _lists(argv: list[str]) -> list[str]:
+    """Lets a list be written a,b as well as [a, b]."""
+    out = []
+    for i, argument in enumerate(argv):
+        name, equals, value = argument.partition("=")
+        if equals and name in LISTS and not value.startswith("["):
+            argument = f"{name}=[{value}]"
+        elif i and argv[i - 1] in LISTS and not argument.startswith("["):
+            argument = f"[{argument}]"
+        out.append(argument)
+    return out
 
 
 def _short(error: Exception) -> str:

@@ -122,41 +122,48 @@ def group_pairs(
 def assign_splits(pairs: Sequence[Pair], fractions: dict[str, float], seed: int) -> dict[str, str]:
     """Prompt key -> split: the row's own `split` column where it names one, else drawn by prompt, seeded.
 
+    Splits that are asked for and that no row names are drawn from the prompts that are left to train on: TL;DR's rows,
+    for one, all say "train".
+
+    Args:
+        fractions: split -> its share of the prompts that it is drawn from; at least one prompt if above 0.
+
     Raises:
-        DataError: a split that is asked for would have no prompt.
+        DataError: no prompt is left to train on, a prompt stands in two splits, or only some rows name their split.
     """
     own: dict[str, str] = {}
     keys: dict[str, None] = {}
+    unnamed: Pair | None = None
     for pair in pairs:
         key = text_key(pair.prompt)
         keys[key] = None
         given = pair.extra.get("split")
-        if given in SPLITS:
-            if own.setdefault(key, given) != given:
-                raise DataError(
-                    f"{pair.where}: its prompt stands in the split {own[key]!r} and in {given!r}; a prompt must be in "
-                    "one split only, or the evaluation would be on training data"
-                )
-        elif own:
+        if given not in SPLITS:
+            unnamed = unnamed or pair
+        elif own.setdefault(key, given) != given:
             raise DataError(
-                f"{pair.where}: column 'split' is {given!r} while other rows name one; use one of {', '.join(SPLITS)} "
-                "in every row, or leave the column out"
+                f"{pair.where}: its prompt stands in the split {own[key]!r} and in {given!r}; a prompt must be in "
+                "one split only, or the evaluation would be on training data"
             )
-    if own:
-        return own
-    order = sorted(keys, key=lambda k: hashlib.blake2b(f"{seed}:{k}".encode(), digest_size=8).digest())
-    out: dict[str, str] = {}
+    if own and unnamed is not None:
+        raise DataError(
+            f"{unnamed.where}: column 'split' is {unnamed.extra.get('split')!r} while other rows name one; use one of "
+            f"{', '.join(SPLITS)} in every row, or leave the column out"
+        )
+    out = {key: split for key, split in own.items() if split != "train"}
+    free = [key for key in keys if key not in out]
+    order = sorted(free, key=lambda k: hashlib.blake2b(f"{seed}:{k}".encode(), digest_size=8).digest())
     start = 0
     for name in ("test", "judge", "validation"):
         share = fractions.get(name, 0.0)
-        count = round(share * len(order))
-        if share > 0:
-            count = max(1, count)
-        out.update(dict.fromkeys(order[start : start + count], name))
-        start += count
+        if share > 0 and name not in own.values():
+            count = max(1, round(share * len(order)))
+            out.update(dict.fromkeys(order[start : start + count], name))
+            start += count
     if start >= len(order):
         raise DataError(
-            f"{len(order)} prompts are too few for the splits {fractions}: none is left to train on; give more data"
+            f"{len(keys)} prompts, {len(order)} of them free for training, are too few for the splits {fractions}: "
+            "none is left to train on; give more data, or leave the column 'split' out if there is one"
         )
     out.update(dict.fromkeys(order[start:], "train"))
     return out

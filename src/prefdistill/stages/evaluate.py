@@ -238,7 +238,7 @@ def ensemble_facts(run: Run) -> dict[str, Any]:
                 "name": f"member {k}",
                 "folder": folder,
                 "resample": training["resample"],
-                "temperature": training.get("temperature"),
+                "temperature": 1 / training["scale"] if training.get("scale") else None,
                 **member_figures(margins(member), [member[i] for i in test], lengths),
             }
         )

@@ -123,9 +123,9 @@ def make_members(run: Run, fingerprint: str) -> tuple[list[Path], str]:
             )
             write_json(done, {**record, "resample": how, "fingerprint": fingerprint})
         facts.append(json.loads(done.read_text()))
-    scales = ", ".join(f"{f['temperature']:.2f}" for f in facts)
+    scales = ", ".join(f"{f['scale']:.2f}" for f in facts)
     return [run.member_path(k) for k in range(options.members)], (
-        f"{options.members} members; margins divided by {scales} to be log-odds on held-out pairs"
+        f"{options.members} members; margins times {scales} are log-odds on held-out pairs"
     )
 
 
@@ -189,7 +189,7 @@ def train_member(
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.pad_token_id)
         save_model(model, tokenizer, folder)
         shutil.rmtree(work, ignore_errors=True)
-    return {**facts, "temperature": float("inf") if scale == 0 else 1 / scale}
+    return {**facts, "scale": scale}
 
 
 def _scale(run: Run, margins: np.ndarray) -> float:
