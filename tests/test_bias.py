@@ -113,9 +113,3 @@ def test_unknown_kind_names_the_known():
 def test_data_without_a_kind_that_rho_needs(longer, shorter, rho):
     with pytest.raises(DataError, match=f"rho = {rho}.*{longer} pairs.*{shorter}"):
         resample("length-bias", signs(longer, shorter, 3), seed=0, rho=rho)
-
-
-@pytest.mark.parametrize("kind", RESAMPLES)
-def test_no_pairs_at_all(kind):
-    with pytest.raises(DataError, match="no pair"):
-        resample(kind, np.zeros(0), seed=0, rho=0.5)

@@ -25,7 +25,7 @@ def resample(
 
     Args:
         kind: "bootstrap" (P draws with replacement), "subsample" (`fraction` of the pairs, without), "length-bias"
-            (D_rho, without replacement where the data allow), "all".
+            (the largest D_rho that needs no replacement), "all".
         longer_chosen: [P], +1 where the chosen response has more tokens, -1 where fewer, 0 where as many.
         rho: fraction of D_rho's pairs whose longer response is preferred; pairs of equal length are left out.
 

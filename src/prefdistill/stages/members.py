@@ -180,7 +180,8 @@ def train_member(
         with torch.no_grad():
             model.score.weight.copy_(torch.tensor(scale * head, dtype=torch.float32)[None])
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
-        save_head(model, tokenizer, folder, folder.parent / "backbone.safetensors")
+        backbone = run.root / "reward" / f"backbone-{model_fingerprint(base)[:12]}.safetensors"
+        save_head(model, tokenizer, folder, backbone)
     else:
         encoder = run.encoder if base == run.reference else Encoder(tokenizer)
         model, margins = _train_model(run, labelled, validation, weights, encoder, base, work, seed)

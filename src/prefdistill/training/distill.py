@@ -101,14 +101,14 @@ def join_columns(items: Sequence[Mapping[str, Any]], *, pairs: str) -> dict[str,
         e: DistillExample = item["example"]
         start = len(reference)
         reference += e.reference_logps
-        rewards.append(torch.tensor(e.rewards, dtype=torch.float64).reshape(len(e.rewards), -1))
+        rewards.append(torch.tensor(e.rewards, dtype=torch.float64).reshape(len(e.rewards), len(e.reference_logps)))
         labelled += [(start + a, start + b) for a, b in e.pairs]
         chosen = all_pairs(len(e.tree.responses)) if pairs == "all" else e.pairs
         used += [(start + a, start + b) for a, b in chosen]
         kl += [start + i for i in e.from_reference]
     return {
         "reference_logps": torch.tensor(reference, dtype=torch.float64),
-        "rewards": torch.cat(rewards, dim=1) if rewards[0].shape[0] else torch.zeros(0, len(reference)),
+        "rewards": torch.cat(rewards, dim=1),
         "pairs": torch.tensor(used, dtype=torch.long).reshape(-1, 2),
         "labelled": torch.tensor(labelled, dtype=torch.long).reshape(-1, 2),
         "kl_samples": torch.tensor(kl, dtype=torch.long),
