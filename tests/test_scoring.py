@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 
 import numpy as np
@@ -10,8 +11,7 @@ import plain
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tiny_models import VOCAB, tiny
-from transformers import TrainingArguments
+from tiny_models import QUIET, VOCAB, tiny
 
 from prefdistill import scoring
 from prefdistill.data.table import response_key
@@ -244,8 +244,9 @@ def test_a_pass_that_is_killed_goes_on_where_it_was(tmp_path, monkeypatch):
     kept = Column(tmp_path, "m")
     assert total / 4 < len(kept.values) < total * 3 / 4
     assert {p.suffix for p in tmp_path.iterdir()} == {".parquet"}
+    lacking = total - len(kept.values)
     watched = Watched(model_of("llama"))
-    assert fill({"logps": kept}, trees, watched) == total - len(kept.values) + watched.responses
+    assert fill({"logps": kept}, trees, watched) == watched.responses == lacking
     assert len(Column(tmp_path, "m").values) == total
     with torch.no_grad():
         truth = [float(v) for t in trees for v in plain.logps(plain.doubled(model_of("llama")), t)]
@@ -331,18 +332,13 @@ def first_step(model, trees, column, tmp_path, *, bf16=False, batch=1, **options
         method="dpo",
         per_device_train_batch_size=batch,
         max_steps=1,
-        logging_steps=1,
         learning_rate=0.0,
-        use_cpu=True,
         bf16=bf16,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
+        **QUIET,
         **options,
     )
-    assert isinstance(args, TrainingArguments)
     examples = [DistillExample(t, tuple(column.of(t)), pairs=((0, 1),)) for t in trees]
-    trainer = DistillTrainer(model, args, examples=examples)
+    trainer = DistillTrainer(copy.deepcopy(model), args, examples=examples)
     trainer.train()
     return trainer.state.log_history[0]
 

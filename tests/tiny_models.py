@@ -19,6 +19,8 @@ SHAPE = dict(
     bos_token_id=1,
     eos_token_id=2,
 )
+# Of TrainingArguments, for trainings that write nothing and log every step.
+QUIET = dict(use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1)
 
 
 def tiny(family: str, *, classifier: bool = False, seed: int = 0, **overrides):

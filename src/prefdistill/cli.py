@@ -145,19 +145,19 @@ def _quiet() -> None:
 def _print_summary(root: Any) -> None:
     import json
 
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
 
     path = root / "evaluation" / "summary.json"
     summary = json.loads(path.read_text(encoding="utf-8"))
-    table = Table(title=f"{summary['prompts']} held-out prompts, judged by {summary['judge']['name']}")
-    for column in ("method", "advantage [95%]", "at equal length", "win rate [95%]", "KL", "tokens", "chosen logp"):
+    table = Table(title=f"{summary['prompts']} held-out prompts, judged by {summary['judge']['name']}", box=SIMPLE)
+    for column in ("method", "advantage [95%]", "win rate [95%]", "KL", "tokens", "chosen logp"):
         table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
     for name, m in summary["methods"].items():
         table.add_row(
             name,
             _interval(m["advantage"], "{:+.2f}"),
-            _interval(m["advantage_equal_length"], "{:+.2f}"),
             _interval(m["win_rate"], "{:.0%}"),
             _number(m["kl_policy_ref"]["mean"], "{:.2f}"),
             _number(m["length_mean"], "{:.1f}"),

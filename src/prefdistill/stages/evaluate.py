@@ -232,7 +232,9 @@ def ensemble_facts(run: Run) -> dict[str, Any]:
     facts = []
     for k, (folder, member) in enumerate(zip(member_folders(run), rewards, strict=True)):
         trained = run.root in Path(folder).parents
-        training = json.loads((Path(folder) / "training.json").read_text()) if trained else {"resample": "pretrained"}
+        training: dict[str, Any] = {"resample": "pretrained"}
+        if trained:
+            training = json.loads((Path(folder) / "training.json").read_text(encoding="utf-8"))
         facts.append(
             {
                 "name": f"member {k}",

@@ -1,0 +1,402 @@
+"""Reward models against brute force, against transformers' own classifiers, and against themselves once reloaded."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import plain
+import pytest
+import torch
+import transformers
+from scipy import optimize, special
+from tiny_models import QUIET, VOCAB, letters_tokenizer, tiny
+from transformers import TrainingArguments
+
+from prefdistill.data.tree import Tree
+from prefdistill.models.forward import TreeModel
+from prefdistill.models.loading import add_lora, load_classifier, new_classifier, save_head, save_model
+from prefdistill.training.reward import (
+    L2_GRID,
+    MAX_SCALE,
+    RewardExample,
+    RewardTrainer,
+    calibrate,
+    distinct_pad_id,
+    fit_head,
+    scale_head,
+)
+
+TREES = [
+    Tree((5, 6, 7), ((20, 21, 2), (22, 2), (23, 24, 25, 2))),
+    Tree((8, 9), ((30, 2), (31, 32, 2))),
+    Tree((10,), ((40, 41, 42, 2), (43, 2))),
+]
+EXAMPLES = [
+    RewardExample(TREES[0], ((0, 1), (0, 2), (2, 1)), (1, 3, 0)),
+    RewardExample(TREES[1], ((1, 0),), (2,)),
+    RewardExample(TREES[2], ((0, 1),), (0,)),  # not drawn: must not count
+]
+
+
+def arguments(folder, **options) -> TrainingArguments:
+    return TrainingArguments(output_dir=str(folder), **{**QUIET, "per_device_train_batch_size": 3, **options})
+
+
+def classifier(family="llama", **options):
+    return tiny(family, classifier=True, **{"num_hidden_layers": 2, **options})
+
+
+def bradley_terry(model, examples) -> torch.Tensor:
+    """The mean of -log sigmoid over pairs, a pair of weight n written out n times, from plain float64 logits."""
+    losses = []
+    for e in examples:
+        rewards = plain.rewards(model, e.tree)
+        for (c, r), weight in zip(e.pairs, e.weights, strict=True):
+            losses += [torch.log(1 + torch.exp(rewards[r] - rewards[c]))] * weight
+    return torch.stack(losses).mean()
+
+
+# -- training --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_loss_and_gradient_are_bradley_terrys(family, tmp_path):
+    model = classifier(family)
+    truth = plain.doubled(model)
+    expected = bradley_terry(truth, EXAMPLES)
+    expected.backward()
+    trainer = RewardTrainer(model, arguments(tmp_path), examples=EXAMPLES)
+    assert len(trainer.train_dataset) == 2
+    loss = trainer.training_step(model, next(iter(trainer.get_train_dataloader())))
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    grads = {n: p.grad for n, p in truth.named_parameters()}
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad.double(), grads[name], atol=1e-4, rtol=2e-3, msg=name)
+
+
+def test_metrics_and_evaluation_count_weights(tmp_path):
+    model = classifier()
+    with torch.no_grad():
+        r = [[float(v) for v in plain.rewards(plain.doubled(model), t)] for t in TREES]
+        expected = float(bradley_terry(plain.doubled(model), EXAMPLES))
+    margins = [r[0][0] - r[0][1], *[r[0][0] - r[0][2]] * 3, *[r[1][1] - r[1][0]] * 2]
+    args = arguments(tmp_path, max_steps=1, learning_rate=0.0, per_device_eval_batch_size=3)
+    trainer = RewardTrainer(model, args, examples=EXAMPLES, eval_examples=EXAMPLES)
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    evaluated = trainer.evaluate()
+    for prefix, found in (("", logged), ("eval_", evaluated | trainer.state.log_history[-1])):
+        assert found[prefix + "loss"] == pytest.approx(expected, rel=1e-5)
+        assert found[prefix + "margin"] == pytest.approx(np.mean(margins), rel=1e-4)
+        assert found[prefix + "accuracy"] == pytest.approx(np.mean(np.array(margins) > 0))
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_training_lowers_the_loss(lora, tmp_path):
+    model = classifier()
+    if lora:
+        model = add_lora(model, rank=4, task="SEQ_CLS")
+    args = arguments(tmp_path, max_steps=12, learning_rate=5e-3, lr_scheduler_type="constant")
+    trainer = RewardTrainer(model, args, examples=EXAMPLES)
+    trainer.train()
+    losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]
+    assert losses[-1] < 0.3 * losses[0]
+    assert trainer.state.log_history[11]["accuracy"] == 1.0
+
+
+def test_gradient_accumulation_is_the_mean_of_its_parts(tmp_path):
+    model = classifier()
+    with torch.no_grad():
+        parts = [float(bradley_terry(plain.doubled(model), [e])) for e in EXAMPLES[:2]]
+    args = arguments(
+        tmp_path, max_steps=1, learning_rate=0.0, per_device_train_batch_size=1, gradient_accumulation_steps=2
+    )
+    trainer = RewardTrainer(model, args, examples=EXAMPLES)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(np.mean(parts), rel=1e-5)
+
+
+def test_a_lora_member_goes_on_from_its_checkpoint(tmp_path):
+    """LlamaFactory 1567; to the last bit, the dropout of its adapters included."""
+
+    def train(folder, resume=None):
+        transformers.set_seed(3)
+        model = add_lora(classifier(), rank=2, dropout=0.2, task="SEQ_CLS")
+        args = arguments(
+            folder, max_steps=4, save_strategy="steps", save_steps=2, per_device_train_batch_size=1, learning_rate=1e-3
+        )
+        trainer = RewardTrainer(model, args, examples=EXAMPLES)
+        trainer.train(resume_from_checkpoint=resume)
+        return model.state_dict(), trainer.state.log_history
+
+    whole, history = train(tmp_path / "whole")
+    resumed, resumed_history = train(tmp_path / "again", str(tmp_path / "whole" / "checkpoint-2"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert any("score.modules_to_save" in name for name in whole)
+    assert [h.get("margin") for h in resumed_history[:4]] == [h.get("margin") for h in history[:4]]
+
+
+# -- saved and reloaded ----------------------------------------------------------------------------------------------
+
+READER = """
+import json, sys, torch, transformers
+out = {}
+for folder, sequences in json.load(sys.stdin).items():
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    batch = tokenizer.pad({"input_ids": sequences}, return_tensors="pt")
+    with torch.no_grad():
+        alone = [float(model(input_ids=torch.tensor([s])).logits[0, 0]) for s in sequences]
+        together = model(**batch).logits[:, 0].tolist()
+    out[folder] = {"alone": alone, "together": together, "labels": model.config.num_labels}
+print(json.dumps(out))
+"""
+
+
+def test_saved_members_give_the_same_rewards_in_another_process(tmp_path):
+    """By transformers alone: OpenRLHF 1342, 873, 682, 209, 872; LlamaFactory 430; sentence-transformers 3980."""
+    tokenizer = letters_tokenizer()
+    causal = tiny("llama", num_hidden_layers=2)
+    causal.save_pretrained(tmp_path / "base")
+    expected, folders = {}, {}
+    for kind in ("full", "lora", "head"):
+        model = new_classifier(str(tmp_path / "base"), distinct_pad_id(tokenizer, [2, 5]))
+        if kind == "lora":
+            transformers.set_seed(0)
+            model = add_lora(model, rank=4, task="SEQ_CLS")
+        folders[kind] = folder = tmp_path / kind
+        if kind == "head":
+            with torch.no_grad():
+                model.score.weight.copy_(torch.randn(1, 32, generator=torch.Generator().manual_seed(1)))
+            save_head(model, tokenizer, folder, tmp_path / "backbone.safetensors")
+        else:
+            args = arguments(tmp_path / "work", max_steps=4, learning_rate=1e-2)
+            RewardTrainer(model, args, examples=EXAMPLES).train()
+            scale_head(model, 2.5)
+        model.eval()
+        with torch.no_grad():
+            tree_model = TreeModel(model)
+            expected[kind] = tree_model.rewards(tree_model.collate(TREES, pool_pad_id=0)).tolist()
+        if kind != "head":
+            save_model(model, tokenizer, folder)
+        assert np.ptp(expected[kind]) > 0.3, "rewards that are all alike prove nothing"
+    sequences = [list(t.prompt_ids + r) for t in TREES for r in t.responses]
+    read = subprocess.run(
+        [sys.executable, "-c", READER],
+        input=json.dumps({str(f): sequences for f in folders.values()}),
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    found = json.loads(read.stdout)
+    for kind, folder in folders.items():
+        assert found[str(folder)]["labels"] == 1
+        for how in ("alone", "together"):
+            np.testing.assert_allclose(found[str(folder)][how], expected[kind], atol=1e-5, rtol=1e-4, err_msg=kind)
+        assert not (folder / "adapter_config.json").exists()
+
+
+def test_reload_warns_of_nothing(tmp_path, caplog):
+    """A head that is missing from the folder would be drawn anew, with a warning that nobody reads."""
+    model = add_lora(classifier(), rank=2, task="SEQ_CLS")
+    save_model(model, letters_tokenizer(), tmp_path / "m")
+    transformers.utils.logging.enable_propagation()
+    try:
+        with caplog.at_level(logging.WARNING):
+            again = load_classifier(str(tmp_path / "m"))
+    finally:
+        transformers.utils.logging.disable_propagation()
+    assert not [r for r in caplog.records if "newly initialized" in r.message or "score" in r.message]
+    assert isinstance(again.score, torch.nn.Linear)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_scale_head_multiplies_rewards(lora):
+    model = classifier()
+    if lora:
+        model = add_lora(model, rank=2, task="SEQ_CLS").eval()
+    tree_model = TreeModel(model)
+    batch = tree_model.collate(TREES, pool_pad_id=0)
+    with torch.no_grad():
+        before = tree_model.rewards(batch)
+        untouched = {n: p.clone() for n, p in model.named_parameters() if "score" not in n}
+        scale_head(model, 0.25)
+        torch.testing.assert_close(tree_model.rewards(batch), 0.25 * before)
+    assert all(torch.equal(p, untouched[n]) for n, p in model.named_parameters() if n in untouched)
+
+
+# -- a head on frozen features ---------------------------------------------------------------------------------------
+
+
+def head_problem(pairs=120, width=5, seed=0, signal=1.0):
+    """Differences whose sign follows a hidden head; features of unequal size and correlated."""
+    rng = np.random.default_rng(seed)
+    z = rng.normal(size=(pairs, width)) @ rng.normal(size=(width, width)) * np.exp(rng.normal(size=width))
+    head = signal * rng.normal(size=width) / z.std(0)
+    z *= np.where(rng.random(pairs) < special.expit(z @ head), 1, -1)[:, None]
+    return z, head, rng
+
+
+def penalised_loss(w, z, rows, l2):
+    """Spelt out on written-out rows: mean -log sigmoid, and half l2 times the squared head in standardised units."""
+    z = z[rows]
+    size = np.sqrt((z**2).mean(0))
+    return np.mean(np.log1p(np.exp(-z @ w))) + 0.5 * l2 * np.sum((w * size) ** 2)
+
+
+@pytest.mark.parametrize("l2", [1e-4, 1e-2, 1.0, 100.0])
+def test_head_is_the_optimum(l2):
+    z, _, rng = head_problem()
+    weights = rng.integers(0, 4, len(z))
+    rows = np.repeat(np.arange(len(z)), weights)
+    head, used = fit_head(z, weights, np.arange(len(z)), l2=l2)
+    assert used == l2
+    # Another method, without our gradient, from another start.
+    brute = optimize.minimize(
+        penalised_loss,
+        rng.normal(size=5) * 0.1,
+        (z, rows, l2),
+        method="Nelder-Mead",
+        options={"xatol": 1e-12, "fatol": 1e-14, "maxiter": 20_000, "maxfev": 20_000, "adaptive": True},
+    )
+    assert penalised_loss(head, z, rows, l2) <= brute.fun + 1e-12
+    np.testing.assert_allclose(head, brute.x, rtol=1e-3, atol=1e-5 * np.abs(head).max())
+    # The gradient, in closed form, is zero; in float64 to near rounding.
+    d = z[rows]
+    gradient = -(d * special.expit(-d @ head)[:, None]).mean(0) + l2 * head * (d**2).mean(0)
+    assert np.abs(gradient / np.sqrt((d**2).mean(0))).max() < 1e-8
+
+
+def test_wide_heads_are_optimal_too():
+    """As wide as a small model, more features than the data can hold apart: margins right to 1e-5."""
+    z, _, _ = head_problem(pairs=150, width=200, signal=0.2)
+    head, l2 = fit_head(z, np.ones(150), np.arange(150), l2=1e-4)
+    size = np.sqrt((z**2).mean(0))
+    x, w = z / size, np.zeros(200)
+    for _ in range(100):  # Newton
+        p = special.expit(-x @ w)
+        hessian = (x.T * (p * (1 - p))) @ x / 150 + l2 * np.eye(200)
+        w -= np.linalg.solve(hessian, l2 * w - x.T @ p / 150)
+    np.testing.assert_allclose(z @ head, x @ w, atol=1e-5 * (x @ w).std())
+
+
+@pytest.mark.parametrize("l2", [1e-3, None])
+def test_weights_are_repeated_rows(l2):
+    z, _, rng = head_problem(60, 4, seed=2)
+    weights, clusters = rng.integers(0, 4, 60), np.arange(60) // 2
+    weighted = fit_head(z, weights, clusters, l2=l2)
+    repeated = fit_head(
+        np.repeat(z, weights, 0), np.ones(weights.sum()), np.repeat(clusters, weights), l2=l2, seed=0
+    )
+    assert weighted[1] == repeated[1]
+    np.testing.assert_allclose(weighted[0], repeated[0], rtol=1e-6)
+
+
+def test_head_finds_the_hidden_head():
+    z, hidden, _ = head_problem(pairs=40_000, width=4, signal=0.7)
+    head, l2 = fit_head(z, np.ones(len(z)), np.arange(len(z)))
+    assert l2 == min(L2_GRID)
+    np.testing.assert_allclose(z @ head, z @ hidden, atol=0.1 * (z @ hidden).std())
+
+
+def test_cross_validation_holds_noise_down():
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(60, 40))
+    head, l2 = fit_head(noise, np.ones(60), np.arange(60))
+    assert l2 >= 1.0
+    assert np.abs(noise @ head).mean() < 0.5
+
+
+def test_cross_validation_leaves_out_whole_prompts():
+    """Every prompt has a direction of its own, the same in its eight pairs: it helps nobody else."""
+    rng = np.random.default_rng(0)
+    clusters = np.repeat(np.arange(40), 8)
+    z = np.eye(40)[clusters] * np.where(rng.random(40) < 0.5, 1, -1)[clusters][:, None]
+    z = np.hstack([z, rng.normal(size=(320, 1))])
+    _, by_prompt = fit_head(z, np.ones(320), clusters)
+    _, by_pair = fit_head(z, np.ones(320), np.arange(320))
+    assert by_prompt > 100 * by_pair
+
+
+def test_one_prompt_alone_has_no_cross_validation():
+    z, _, _ = head_problem(12, 3)
+    head, l2 = fit_head(z, np.ones(12), np.zeros(12))
+    assert l2 == 1.0
+    assert np.isfinite(head).all()
+
+
+def test_a_constant_feature_has_no_weight():
+    z, _, _ = head_problem(60, 3)
+    z[:, 1] = 0
+    head, _ = fit_head(z, np.ones(60), np.arange(60), l2=1e-3)
+    assert head[1] == 0
+
+
+# -- calibration -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [0.2, 1.0, 4.0])
+def test_calibrate_finds_a_known_scale(scale):
+    """Raw margins m with P(label) = sigmoid(scale * m); what is handed over is chosen less rejected."""
+    rng = np.random.default_rng(1)
+    raw = rng.normal(size=30_000) / scale
+    chosen_first = rng.random(30_000) < special.expit(scale * raw)
+    assert calibrate(np.where(chosen_first, raw, -raw)) == pytest.approx(scale, rel=0.05)
+
+
+def test_calibrate_where_margins_say_nothing_or_everything():
+    rng = np.random.default_rng(0)
+    assert calibrate(-np.abs(rng.normal(size=50))) == 0.0  # always wrong
+    assert calibrate(np.zeros(9)) == 0.0
+    assert calibrate(np.array([])) == 1.0
+    assert calibrate(np.abs(rng.normal(size=50))) == pytest.approx(MAX_SCALE, abs=1e-3)  # separable
+
+
+def test_calibrated_margins_are_log_odds():
+    """Twice is once: the factor for margins that are log-odds already is 1."""
+    rng = np.random.default_rng(5)
+    margins = rng.normal(loc=0.4, scale=2.0, size=4000)
+    assert calibrate(margins * calibrate(margins)) == pytest.approx(1.0, abs=1e-3)
+
+
+# -- the pad token of a classifier -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("special_tokens", "ends", "expected"),
+    [
+        ({}, (2, 5), 0),
+        ({"pad_token": "</s>"}, (2, 5), 3),
+        ({"pad_token": "</s>", "unk_token": "</s>"}, (2, 5), 4),
+        ({"pad_token": "</s>", "unk_token": "</s>"}, (2, 4, 5), None),
+        ({"pad_token": "<|im_end|>"}, (2, 5), 3),
+        ({"pad_token": "<s>", "unk_token": "<s>"}, (2, 5), 4),
+    ],
+)
+def test_distinct_pad_id(special_tokens, ends, expected):
+    assert distinct_pad_id(letters_tokenizer(**special_tokens), ends) == expected
+
+
+def test_with_a_distinct_pad_the_end_token_is_seen():
+    """Two responses that differ in being finished alone have two rewards, in transformers and here."""
+    tree = Tree((5, 6), ((20, 21, 2), (20, 21)))
+    for pad, differ in ((0, True), (2, False)):
+        model = classifier(pad_token_id=pad)
+        tree_model = TreeModel(model)
+        with torch.no_grad():
+            ours = tree_model.rewards(tree_model.collate([tree], pool_pad_id=pad))
+            truth = [float(r) for r in plain.rewards(model, tree)]
+        np.testing.assert_allclose(ours, truth, rtol=1e-4, atol=1e-5)
+        assert (abs(truth[0] - truth[1]) > 1e-3) == differ
+
+
+def test_tokens_are_of_the_tiny_vocabulary():
+    assert max(max(t.prompt_ids + r) for t in TREES for r in t.responses) < VOCAB
+    assert math.isfinite(len(letters_tokenizer())) and len(letters_tokenizer()) <= VOCAB
