@@ -109,7 +109,9 @@ def test_unknown_kind_names_the_known():
         resample("jackknife", signs(5, 5), seed=0)
 
 
-@pytest.mark.parametrize(("longer", "shorter", "rho"), [(0, 9, 0.2), (9, 0, 0.2), (0, 9, 1.0), (9, 0, 0.0), (0, 0, 0.5)])
+@pytest.mark.parametrize(
+    ("longer", "shorter", "rho"), [(0, 9, 0.2), (9, 0, 0.2), (0, 9, 1.0), (9, 0, 0.0), (0, 0, 0.5)]
+)
 def test_data_without_a_kind_that_rho_needs(longer, shorter, rho):
     with pytest.raises(DataError, match=f"rho = {rho}.*{longer} pairs.*{shorter}"):
         resample("length-bias", signs(longer, shorter, 3), seed=0, rho=rho)

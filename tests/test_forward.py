@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import VOCAB, tiny
 
 from prefdistill.data.tree import Tree, batches_by_tokens, collate_plain, collate_trees, tree_mask
 from prefdistill.models.forward import TreeModel
+from tiny_models import VOCAB, tiny
 
 FAMILIES = ["llama", "qwen3", "gemma3"]
 _cache: dict = {}

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import json
-import logging
-import math
 import os
 import subprocess
 import sys
 
 import numpy as np
-import plain
 import pytest
 import torch
 import transformers
 from scipy import optimize, special
-from tiny_models import QUIET, VOCAB, letters_tokenizer, tiny
 from transformers import TrainingArguments
 
+import plain
 from prefdistill.data.tree import Tree
 from prefdistill.models.forward import TreeModel
 from prefdistill.models.loading import add_lora, load_classifier, new_classifier, save_head, save_model
 from prefdistill.training.reward import (
-    L2_GRID,
     MAX_SCALE,
     RewardExample,
     RewardTrainer,
@@ -31,6 +27,7 @@ from prefdistill.training.reward import (
     fit_head,
     scale_head,
 )
+from tiny_models import QUIET, first_step, letters_tokenizer, tiny
 
 TREES = [
     Tree((5, 6, 7), ((20, 21, 2), (22, 2), (23, 24, 25, 2))),
@@ -71,13 +68,15 @@ def test_loss_and_gradient_are_bradley_terrys(family, tmp_path):
     truth = plain.doubled(model)
     expected = bradley_terry(truth, EXAMPLES)
     expected.backward()
-    trainer = RewardTrainer(model, arguments(tmp_path), examples=EXAMPLES)
+    expected = expected.item()
+    trainer = RewardTrainer(model, arguments(tmp_path, max_steps=1), examples=EXAMPLES)
     assert len(trainer.train_dataset) == 2
-    loss = trainer.training_step(model, next(iter(trainer.get_train_dataloader())))
-    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
-    grads = {n: p.grad for n, p in truth.named_parameters()}
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(p.grad.double(), grads[name], atol=1e-4, rtol=2e-3, msg=name)
+    logged, grads = first_step(trainer)
+    assert logged["loss"] == pytest.approx(expected, rel=1e-5)
+    expected_grads = {n: p.grad.float() for n, p in truth.named_parameters()}
+    assert grads.keys() == expected_grads.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected_grads[name], atol=1e-4, rtol=2e-3, msg=name)
 
 
 def test_metrics_and_evaluation_count_weights(tmp_path):
@@ -203,18 +202,13 @@ def test_saved_members_give_the_same_rewards_in_another_process(tmp_path):
         assert not (folder / "adapter_config.json").exists()
 
 
-def test_reload_warns_of_nothing(tmp_path, caplog):
-    """A head that is missing from the folder would be drawn anew, with a warning that nobody reads."""
+def test_a_saved_folder_lacks_nothing(tmp_path):
+    """A head that is missing would be drawn anew, with a warning that nobody reads."""
     model = add_lora(classifier(), rank=2, task="SEQ_CLS")
     save_model(model, letters_tokenizer(), tmp_path / "m")
-    transformers.utils.logging.enable_propagation()
-    try:
-        with caplog.at_level(logging.WARNING):
-            again = load_classifier(str(tmp_path / "m"))
-    finally:
-        transformers.utils.logging.disable_propagation()
-    assert not [r for r in caplog.records if "newly initialized" in r.message or "score" in r.message]
-    assert isinstance(again.score, torch.nn.Linear)
+    _, info = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "m", output_loading_info=True)
+    assert not any(info.values())
+    assert isinstance(load_classifier(str(tmp_path / "m")).score, torch.nn.Linear)
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -292,9 +286,7 @@ def test_weights_are_repeated_rows(l2):
     z, _, rng = head_problem(60, 4, seed=2)
     weights, clusters = rng.integers(0, 4, 60), np.arange(60) // 2
     weighted = fit_head(z, weights, clusters, l2=l2)
-    repeated = fit_head(
-        np.repeat(z, weights, 0), np.ones(weights.sum()), np.repeat(clusters, weights), l2=l2, seed=0
-    )
+    repeated = fit_head(np.repeat(z, weights, 0), np.ones(weights.sum()), np.repeat(clusters, weights), l2=l2, seed=0)
     assert weighted[1] == repeated[1]
     np.testing.assert_allclose(weighted[0], repeated[0], rtol=1e-6)
 
@@ -302,7 +294,7 @@ def test_weights_are_repeated_rows(l2):
 def test_head_finds_the_hidden_head():
     z, hidden, _ = head_problem(pairs=40_000, width=4, signal=0.7)
     head, l2 = fit_head(z, np.ones(len(z)), np.arange(len(z)))
-    assert l2 == min(L2_GRID)
+    assert l2 <= 1e-2
     np.testing.assert_allclose(z @ head, z @ hidden, atol=0.1 * (z @ hidden).std())
 
 
@@ -395,8 +387,3 @@ def test_with_a_distinct_pad_the_end_token_is_seen():
             truth = [float(r) for r in plain.rewards(model, tree)]
         np.testing.assert_allclose(ours, truth, rtol=1e-4, atol=1e-5)
         assert (abs(truth[0] - truth[1]) > 1e-3) == differ
-
-
-def test_tokens_are_of_the_tiny_vocabulary():
-    assert max(max(t.prompt_ids + r) for t in TREES for r in t.responses) < VOCAB
-    assert math.isfinite(len(letters_tokenizer())) and len(letters_tokenizer()) <= VOCAB

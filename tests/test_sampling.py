@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import tiny
 
 from prefdistill.evaluation.sampling import SamplingOptions, choose, sample
+from tiny_models import tiny
 
 PROMPTS = [(5, 6, 7, 8, 9, 10, 11, 12, 13), (9,), (20, 21, 22)]
 

@@ -1,4 +1,4 @@
-"""Columns against transformers itself, and what is computed again when something changes (trl 3985, 2423; NeMo-RL 2484)."""
+"""Columns against transformers itself, and what a change computes again (trl 3985, NeMo-RL 2484, LlamaFactory 4810)."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ import copy
 import math
 
 import numpy as np
-import plain
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tiny_models import QUIET, VOCAB, tiny
 
+import plain
 from prefdistill import scoring
 from prefdistill.data.table import response_key
 from prefdistill.data.tree import Tree
@@ -27,6 +26,7 @@ from prefdistill.scoring import (
     rewards_forward,
 )
 from prefdistill.training.distill import DistillConfig, DistillExample, DistillTrainer
+from tiny_models import QUIET, VOCAB, tiny
 
 _models: dict = {}
 

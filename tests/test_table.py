@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import letters_tokenizer
 
 from prefdistill.data.formats import Pair, to_pair
 from prefdistill.data.table import (
@@ -31,6 +30,7 @@ from prefdistill.data.table import (
 )
 from prefdistill.data.tokenise import Encoder
 from prefdistill.errors import DataError
+from tiny_models import letters_tokenizer
 
 TOKENIZER = letters_tokenizer()
 EOS = 2
@@ -211,7 +211,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     groups, _ = grouped([pair()])
     write_groups(path, groups)
     broken = PromptGroup("p", ("no id",), "train", {})
-    with pytest.raises(Exception, match="no id|convert|int"):
+    with pytest.raises(Exception, match="no id"):
         write_groups(path, [broken])
     assert read_groups(path) == groups
     assert [p.name for p in tmp_path.iterdir()] == ["g.parquet"]

@@ -6,21 +6,21 @@ import torch
 import transformers as tf
 
 VOCAB = 120
-SHAPE = dict(
-    vocab_size=VOCAB,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=512,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
+SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 # Of TrainingArguments, for trainings that write nothing and log every step.
-QUIET = dict(use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1)
+QUIET = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1}
 
 
 def tiny(family: str, *, classifier: bool = False, seed: int = 0, **overrides):
@@ -52,11 +52,26 @@ def tiny(family: str, *, classifier: bool = False, seed: int = 0, **overrides):
     if classifier:
         config.num_labels = 1
     model = auto.from_config(config, attn_implementation=None if family in ("mamba", "bloom", "gemma2") else "sdpa")
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         # Larger weights than the default 0.02, so that attention is far from uniform and a wrong mask shows.
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.25)
     return model.eval()
+
+
+def first_step(trainer) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """Trains, and gives the first step's log line and the gradients before any clipping or update."""
+    grads = {}
+
+    class Keep(tf.TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            if not state.global_step:
+                grads.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+    trainer.args.max_grad_norm = 0.0
+    trainer.add_callback(Keep)
+    trainer.train()
+    return trainer.state.log_history[0], grads
 
 
 CHATML = (

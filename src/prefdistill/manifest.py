@@ -67,6 +67,9 @@ class Manifest:
 
     def finish(self, stage: str, record: StageRecord, outputs: list[Path]) -> None:
         for output in outputs:
+            if self.root not in output.parents:
+                # Columns that runs share lie elsewhere and have fingerprints of their own.
+                continue
             for file in sorted(output.rglob("*")) if output.is_dir() else [output]:
                 if file.is_file():
                     with file.open("rb") as opened:

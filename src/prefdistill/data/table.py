@@ -215,6 +215,38 @@ def write_groups(path: Path, groups: Sequence[PromptGroup], metadata: dict[str, 
         pq.write_table(table, part, compression="zstd")
 
 
+def write_scored(
+    path: Path, groups: Sequence[PromptGroup], logps: Sequence[np.ndarray], rewards: Sequence[Sequence[np.ndarray]]
+) -> None:
+    """The labelled pairs with their columns, one row a pair, under TRL's names where TRL has one.
+
+    Args:
+        logps: [group] -> [R] reference log-probs.
+        rewards: [K][group] -> [R].
+    """
+    rows = [
+        {
+            "prompt": _for_trl(g.prompt),
+            "chosen": _for_trl(g.responses[c].text),
+            "rejected": _for_trl(g.responses[r].text),
+            "split": g.split,
+            "ref_chosen_logps": float(logps[i][c]),
+            "ref_rejected_logps": float(logps[i][r]),
+            "rewards_chosen": [float(member[i][c]) for member in rewards],
+            "rewards_rejected": [float(member[i][r]) for member in rewards],
+        }
+        for i, g in enumerate(groups)
+        for c, r in g.pairs
+    ]
+    with fresh_file(path) as part:
+        pq.write_table(pa.Table.from_pylist(rows), part, compression="zstd")
+
+
+def _for_trl(text: Text) -> Any:
+    """Chat messages with role and content alone, so that all rows have one type."""
+    return text if isinstance(text, str) else [{"role": m["role"], "content": m["content"]} for m in text]
+
+
 def read_groups(path: Path) -> list[PromptGroup]:
     groups = []
     for row in pq.read_table(path).to_pylist():

@@ -17,7 +17,7 @@ import transformers
 
 from prefdistill.atomic import write_json
 from prefdistill.data.bias import resample
-from prefdistill.data.table import PromptGroup, in_split
+from prefdistill.data.table import PromptGroup, in_split, write_scored
 from prefdistill.data.tokenise import Encoder
 from prefdistill.data.tree import Tree
 from prefdistill.errors import ConfigError
@@ -95,6 +95,7 @@ def make_reference(run: Run) -> tuple[list[Path], str]:
 
 
 def _files(columns: Any) -> list[Path]:
+    """Folders of columns; the manifest leaves out those that runs share."""
     return [c.folder for c in columns]
 
 
@@ -322,7 +323,11 @@ def make_rewards(run: Run) -> tuple[list[Path], str]:
             pool=True,
             progress=run.progress,
         )
-    return _files(columns), f"{len(folders)} reward columns, {computed} values computed, {total - computed} found"
+    scored = run.root / "data" / "scored.parquet"
+    logps = reference_columns(run)["logps"]
+    write_scored(scored, groups, [logps.of(g.tree) for g in groups], member_rewards(run, groups))
+    said = f"{len(folders)} reward columns, {computed} values computed, {total - computed} found"
+    return [*_files(columns), scored], said
 
 
 def load_reward_model(run: Run, folder: str) -> torch.nn.Module:

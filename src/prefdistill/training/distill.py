@@ -115,12 +115,17 @@ def join_columns(items: Sequence[Mapping[str, Any]], *, pairs: str) -> dict[str,
     }
 
 
+def with_pairs(examples: Sequence[DistillExample], pairs: str) -> list[DistillExample]:
+    """The examples that a loss over "labelled" or "all" pairs has something to say about."""
+    return [e for e in examples if (len(e.tree.responses) > 1 if pairs == "all" else e.pairs)]
+
+
 class DistillTrainer(TreeTrainer):
     """Trains a policy, which must start at pi_ref, on columns that scoring wrote.
 
     Metrics have TRL's names (rewards/chosen, rewards/rejected, rewards/margins, rewards/accuracies, logps/chosen,
-    logps/rejected), over labelled pairs, and: distillation/error (root mean square of reward margin less beta h, in
-    reward units), ensemble/member_k (share of pairs for which e-DPO's min picks member k), kl/forward (estimate of
+    logps/rejected), over labelled pairs, and: distillation/error (root mean square of the members'
+    mean reward margin less beta h), ensemble/member_k (share of pairs for which e-DPO's min picks member k), kl/forward (estimate of
     KL(pi_ref || pi_theta)), logps/chosen_change and logps/level_change (mean log-prob of chosen, and of all,
     responses less the reference's, which is the start's).
 
@@ -140,13 +145,16 @@ class DistillTrainer(TreeTrainer):
         self.method = method_named(args.method)
         self.loss_options = args.loss_options
         self.kl_alpha = args.kl_alpha if self.method.forward_kl else 0.0
-        self._falls: list[tuple[float, float]] = []
         self._warned = False
-        kept = [e for e in examples if (len(e.tree.responses) > 1 if args.pairs == "all" else e.pairs)]
+        kept = with_pairs(examples, args.pairs)
+        kept_eval = None if eval_examples is None else with_pairs(eval_examples, args.pairs)
         if not kept:
             raise ConfigError(f"no example has a pair to train {args.method} on (pairs: {args.pairs})")
-        if self.method.needs_rewards and not all(e.rewards for e in kept):
+        members = {len(e.rewards) for e in [*kept, *(kept_eval or [])]}
+        if self.method.needs_rewards and 0 in members:
             raise ConfigError(f"{args.method} needs rewards, and some examples have none; score the pairs first")
+        if len(members) > 1:
+            raise ConfigError(f"examples have rewards of {sorted(members)} members; score all with the same ones")
         if self.kl_alpha > 0 and not any(e.from_reference for e in kept):
             raise ConfigError(
                 f"{args.method} has a forward-KL term (kl_alpha {args.kl_alpha}), but no response is known to be drawn "
@@ -161,7 +169,7 @@ class DistillTrainer(TreeTrainer):
             model,
             args,
             train_items=[{"tree": e.tree, "example": e} for e in kept],
-            eval_items=None if eval_examples is None else [{"tree": e.tree, "example": e} for e in eval_examples],
+            eval_items=None if kept_eval is None else [{"tree": e.tree, "example": e} for e in kept_eval],
             join=join,
             **kwargs,
         )
@@ -209,9 +217,10 @@ class DistillTrainer(TreeTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs, start_time)
-        if "logps/chosen_change" in logs:
-            self._falls.append((logs["logps/chosen_change"], logs["rewards/margins"]))
-            if not self._warned and degenerates(self._falls):
+        if "logps/chosen_change" in logs and not self._warned:
+            # Trainer's own history, since that of a resumed run goes back to its start.
+            lines = [h for h in self.state.log_history if "logps/chosen_change" in h]
+            if degenerates([(h["logps/chosen_change"], h["rewards/margins"]) for h in lines]):
                 self._warned = True
                 logger.warning(
                     "%s: the chosen responses' log-prob fell by %.1f nats since the start while the margins grew: the "
@@ -219,7 +228,7 @@ class DistillTrainer(TreeTrainer):
                     "free; pin it with the forward-KL term (p-dpo, dp-dpo or e-dpo; larger kl_alpha), or train for "
                     "fewer steps or with a larger beta.",
                     self.args.method,
-                    -self._falls[-1][0],
+                    -logs["logps/chosen_change"],
                 )
 
 

@@ -115,7 +115,9 @@ def _solve(x: np.ndarray, weights: np.ndarray, l2: float) -> np.ndarray:
         gradient = -(x.T @ (weights * special.expit(-margins))) / total + l2 * w
         return loss, gradient
 
-    found = optimize.minimize(objective, np.zeros(x.shape[1]), jac=True, method="L-BFGS-B", options={"maxiter": 5000, "ftol": 1e-15, "gtol": 1e-9})
+    # Tolerances far below the defaults, with which margins of a wide head are wrong by several percent.
+    options = {"maxiter": 5000, "ftol": 1e-15, "gtol": 1e-9}
+    found = optimize.minimize(objective, np.zeros(x.shape[1]), jac=True, method="L-BFGS-B", options=options)
     return np.asarray(found.x)
 
 

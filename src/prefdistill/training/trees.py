@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 from prefdistill.data.tree import Tree, TreeBatch
+from prefdistill.errors import ConfigError
 from prefdistill.models.forward import TreeModel
 
 Item = Mapping[str, Any]
@@ -21,6 +22,9 @@ class TreeTrainer(transformers.Trainer):
 
     An item is a mapping with `tree` (a Tree) and whatever the loss reads; `join` puts a batch's items together.
     Subclasses write `loss_of`; metrics that it stores with `record` are averaged and logged with the loss.
+
+    Raises:
+        ConfigError: several processes train together.
     """
 
     pool = False  # whether the hidden state is read where transformers pools for a classifier
@@ -35,6 +39,12 @@ class TreeTrainer(transformers.Trainer):
         join: Callable[[Sequence[Item]], dict[str, Any]],
         **kwargs: Any,
     ) -> None:
+        if args.world_size > 1:
+            # The forward goes round the wrapper that would add up the processes' gradients.
+            raise ConfigError(
+                f"training runs in one process, and this is one of {args.world_size}; start it without "
+                "torchrun or accelerate launch"
+            )
         # Trees are not columns, and no label tensor exists for Trainer to look for.
         args.remove_unused_columns = False
         args.label_names = []

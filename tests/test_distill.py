@@ -1,0 +1,486 @@
+"""Policy training against float64 by hand on plain transformers log-probs, and how it goes, warns, stops and resumes."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import itertools
+import logging
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import plain
+from prefdistill.data.tree import Tree
+from prefdistill.errors import ConfigError, DataError
+from prefdistill.models.forward import TreeModel
+from prefdistill.models.loading import add_lora
+from prefdistill.scoring import Column, fill_columns, logps_forward
+from prefdistill.training.distill import DistillConfig, DistillExample, DistillTrainer, degenerates
+from prefdistill.training.methods import METHODS, LossOptions, pair_losses
+from prefdistill.training.sft import SFTTrainer
+from tiny_models import QUIET, first_step, tiny
+
+TREES = [
+    Tree((5, 6, 7), ((20, 21, 2), (22, 2), (23, 24, 25, 2), (26, 27))),
+    Tree((8, 9), ((30, 2), (31, 32, 2))),
+    Tree((10,), ((40, 41, 42, 2), (43, 2), (44, 45, 2))),
+]
+PAIRS = [((0, 1), (2, 0)), ((1, 0),), ((2, 1),)]
+SAMPLES = [(2, 3), (), (0,)]
+MEMBERS = 3
+NEEDS_REWARDS = [name for name, method in METHODS.items() if method.needs_rewards]
+
+
+def config(folder, method: str, **options) -> DistillConfig:
+    return DistillConfig(
+        output_dir=str(folder), method=method, **{**QUIET, "per_device_train_batch_size": len(TREES), **options}
+    )
+
+
+def policy(**options):
+    return tiny("llama", **{"num_hidden_layers": 2, **options})
+
+
+def examples_near(model, seed: int = 0, **changes) -> list[DistillExample]:
+    """Reference log-probs a few nats from the model's, so that no margin is 0; rewards at random."""
+    rng = np.random.default_rng(seed)
+    out = []
+    for tree, pairs, samples in zip(TREES, PAIRS, SAMPLES, strict=True):
+        n = len(tree.responses)
+        with torch.no_grad():
+            near = np.array([float(v) for v in plain.logps(plain.doubled(model), tree)]) + rng.normal(size=n) * 2
+        rewards = tuple(map(tuple, rng.normal(size=(MEMBERS, n)).tolist()))
+        fields = {"rewards": rewards, "pairs": pairs, "from_reference": samples, **changes}
+        out.append(DistillExample(tree, tuple(near.tolist()), **fields))
+    return out
+
+
+# -- by hand -----------------------------------------------------------------------------------------------------------
+
+
+def sigmoid(x):
+    return 1 / (1 + torch.exp(-x))
+
+
+def kl_of_coins(p, q):
+    return p * torch.log(p / q) + (1 - p) * torch.log((1 - p) / (1 - q))
+
+
+def by_hand(method: str, args: DistillConfig, examples, logps) -> dict[str, torch.Tensor]:
+    """The loss and the metrics, pair for pair in float64 from the formulas of the paper; `logps` carry gradient."""
+    b, e, eta, k = args.beta, args.label_smoothing, args.reward_scale, MEMBERS
+    h, margins, labelled, samples = [], [], [], []
+    for x, logp in zip(examples, logps, strict=True):
+        change = [p - r for p, r in zip(logp, x.reference_logps, strict=True)]
+        wanted = list(itertools.combinations(range(len(logp)), 2)) if args.pairs == "all" else x.pairs
+        for one, two in wanted:
+            h.append(change[one] - change[two])
+            margins.append([x.rewards[m][one] - x.rewards[m][two] for m in range(k)])
+        labelled += [(change[c], change[r], logp[c], logp[r]) for c, r in x.pairs]
+        samples += [-change[i] for i in x.from_reference]
+    mean = [sum(m) / k for m in margins]
+    squares = [[(m[j] - b * d) ** 2 for j in range(k)] for m, d in zip(margins, h, strict=True)]
+    sums = [float(sum(s[j] for s in squares)) for j in range(k)]
+    picked = [
+        sums.index(min(sums)) if args.ensemble_over == "batch" else min(range(k), key=lambda j, s=s: float(s[j]))
+        for s in squares
+    ]
+    log_loss = [torch.log(1 + torch.exp(-b * d)) for d in h]
+    flipped = [torch.log(1 + torch.exp(b * d)) for d in h]
+    per_pair = {
+        "dpo": lambda: log_loss,
+        "p-dpo": lambda: log_loss,
+        "cdpo": lambda: [(1 - e) * x + e * y for x, y in zip(log_loss, flipped, strict=True)],
+        "robust-dpo": lambda: [((1 - e) * x - e * y) / (1 - 2 * e) for x, y in zip(log_loss, flipped, strict=True)],
+        "ipo": lambda: [(d - 1 / (2 * args.tau)) ** 2 for d in h],
+        "d-dpo": lambda: [(m - b * d) ** 2 for m, d in zip(mean, h, strict=True)],
+        "dp-dpo": lambda: [(m - b * d) ** 2 for m, d in zip(mean, h, strict=True)],
+        "e-dpo": lambda: [s[j] for s, j in zip(squares, picked, strict=True)],
+        "rpo-sq": lambda: [(b * d - eta * m) ** 2 for m, d in zip(mean, h, strict=True)],
+        "rpo-bwd-kl": lambda: [
+            kl_of_coins(sigmoid(torch.tensor(eta * m)), sigmoid(b * d)) for m, d in zip(mean, h, strict=True)
+        ],
+        "rpo-fwd-kl": lambda: [
+            kl_of_coins(sigmoid(b * d), sigmoid(torch.tensor(eta * m))) for m, d in zip(mean, h, strict=True)
+        ],
+    }[method]()
+    kl = sum(samples) / len(samples)
+    average = lambda values: sum(values) / len(values)  # noqa: E731
+    levels = [p - r for x, logp in zip(examples, logps, strict=True) for p, r in zip(logp, x.reference_logps)]
+    return {
+        "loss": average(per_pair) + (args.kl_alpha * kl if method in ("p-dpo", "dp-dpo", "e-dpo") else 0),
+        "rewards/chosen": average([b * c for c, _, _, _ in labelled]),
+        "rewards/rejected": average([b * r for _, r, _, _ in labelled]),
+        "rewards/margins": average([b * (c - r) for c, r, _, _ in labelled]),
+        "rewards/accuracies": average([float(c > r) for c, r, _, _ in labelled]),
+        "logps/chosen": average([c for _, _, c, _ in labelled]),
+        "logps/rejected": average([r for _, _, _, r in labelled]),
+        "logps/chosen_change": average([c for c, _, _, _ in labelled]),
+        "logps/level_change": average(levels),
+        "kl/forward": kl,
+        "distillation/error": average([(m - b * d) ** 2 for m, d in zip(mean, h, strict=True)]) ** 0.5,
+        **{f"ensemble/member_{j}": average([float(i == j) for i in picked]) for j in range(k) if method == "e-dpo"},
+    }
+
+
+CASES = [
+    *((m, "labelled", "pair") for m in METHODS),
+    *((m, "all", "pair") for m in NEEDS_REWARDS),
+    ("e-dpo", "labelled", "batch"),
+    ("e-dpo", "all", "batch"),
+]
+
+
+@pytest.mark.parametrize(("method", "pairs", "over"), CASES)
+def test_a_step_is_the_formula(method, pairs, over, tmp_path):
+    """Loss, every metric, and the gradient in every weight."""
+    model = policy()
+    examples = examples_near(model)
+    options = {"beta": 0.3, "tau": 0.2, "label_smoothing": 0.15, "reward_scale": 1.7, "kl_alpha": 0.05}
+    args = config(tmp_path, method, max_steps=1, pairs=pairs, ensemble_over=over, **options)
+    truth = plain.doubled(model)
+    expected = by_hand(method, args, examples, [plain.logps(truth, t) for t in TREES])
+    expected["loss"].backward()
+    logged, grads = first_step(DistillTrainer(model, args, examples=examples))
+    numbers = {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in expected.items()}
+    for name, number in numbers.items():
+        assert logged[name] == pytest.approx(number, rel=2e-4, abs=2e-5), name
+    assert {n for n in logged if "/" in n} == {n for n in numbers if "/" in n}
+    assert max(float(g.norm()) for g in grads.values()) > 1e-2
+    for name, p in truth.named_parameters():
+        assert float((grads[name] - p.grad).norm()) <= 2e-3 * float(p.grad.norm()) + 1e-5, name
+
+
+def test_metrics_of_what_examples_lack_are_not_logged(tmp_path):
+    model = policy()
+    logged, _ = first_step(
+        DistillTrainer(
+            model,
+            config(tmp_path, "dpo", max_steps=1),
+            examples=examples_near(model, rewards=(), from_reference=()),
+        )
+    )
+    assert not {"kl/forward", "distillation/error", "ensemble/member_0"} & set(logged)
+    assert "rewards/margins" in logged
+
+
+def test_all_pairs_reach_responses_that_no_label_names(tmp_path):
+    """Sampled responses have rewards and no label: only pairs: all distils them."""
+    model = policy()
+    examples = examples_near(model)
+    for pairs, expected in (("labelled", 4), ("all", 6 + 1 + 3)):
+        trainer = DistillTrainer(model, config(tmp_path, "d-dpo", pairs=pairs), examples=examples)
+        assert len(next(iter(trainer.get_train_dataloader()))["pairs"]) == expected
+    unlabelled = [DistillExample(e.tree, e.reference_logps, e.rewards) for e in examples]
+    logged, _ = first_step(DistillTrainer(model, config(tmp_path, "d-dpo", max_steps=1), examples=unlabelled))
+    assert logged["distillation/error"] > 0
+    assert "rewards/margins" not in logged
+
+
+def test_label_methods_train_on_labelled_pairs_whatever_is_said(tmp_path):
+    assert config(tmp_path, "dpo", pairs="all").pairs == "labelled"
+    assert config(tmp_path, "d-dpo", pairs="all").pairs == "all"
+
+
+@pytest.mark.parametrize("method", ["dpo", "e-dpo"])
+def test_evaluation_is_the_formula(method, tmp_path):
+    model = policy()
+    examples = examples_near(model)
+    alone = DistillExample(Tree((5,), ((6, 2),)), (-3.0,), ((0.0,),) * MEMBERS)  # no pair: nothing to say about it
+    args = config(tmp_path, method, per_device_eval_batch_size=4)
+    trainer = DistillTrainer(model, args, examples=examples[:1], eval_examples=[*examples, alone])
+    with torch.no_grad():
+        expected = by_hand(method, args, examples, [plain.logps(plain.doubled(model), t) for t in TREES])
+    trainer.evaluate()
+    logged = trainer.state.log_history[-1]
+    for name, value in expected.items():
+        assert logged["eval_" + name] == pytest.approx(float(value), rel=2e-4, abs=2e-5), name
+
+
+def test_a_lora_policy_starts_as_the_policy_and_trains_its_adapters_only(tmp_path):
+    model = policy()
+    examples = examples_near(model)
+    args = config(tmp_path, "e-dpo", max_steps=1)
+    full, _ = first_step(DistillTrainer(copy.deepcopy(model), args, examples=examples))
+    lora, grads = first_step(DistillTrainer(add_lora(model, rank=4, task="CAUSAL_LM"), args, examples=examples))
+    assert lora["loss"] == pytest.approx(full["loss"], rel=1e-5)
+    assert grads
+    assert all("lora_" in name for name in grads)
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    model = policy()
+    examples = examples_near(model)
+    found = []
+    for on in (False, True):
+        args = config(tmp_path, "dp-dpo", max_steps=1, gradient_checkpointing=on)
+        found.append(first_step(DistillTrainer(copy.deepcopy(model), args, examples=examples)))
+    assert found[0][0]["loss"] == pytest.approx(found[1][0]["loss"], rel=1e-6)
+    for name, grad in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], grad, atol=1e-4, rtol=1e-3)
+
+
+# -- where training goes -----------------------------------------------------------------------------------------------
+
+# Two answers a prompt, disjoint over prompts but for a shared word; the rejected one says it four times.
+STUTTER = [Tree((5 + i, 6), ((30 + i, 40, 2), (50 + i, 40, 40, 40, 40, 2))) for i in range(4)]
+_start: list = []
+
+
+def start():
+    """A policy that gives both answers about equally, and its log-probs."""
+    if not _start:
+        model = policy()
+        args = transformers.TrainingArguments(
+            output_dir="unused", max_steps=40, learning_rate=3e-3, per_device_train_batch_size=4, **QUIET
+        )
+        SFTTrainer(model, args, trees=STUTTER).train()
+        model.eval()
+        with torch.no_grad():
+            _start.extend([model, [[float(v) for v in plain.logps(model, t)] for t in STUTTER]])
+    return copy.deepcopy(_start[0]), _start[1]
+
+
+def distil_stutter(folder, method, **options) -> DistillTrainer:
+    model, logps = start()
+    examples = [
+        DistillExample(t, tuple(r), ((1.0, -1.0),), ((0, 1),), (0, 1)) for t, r in zip(STUTTER, logps, strict=True)
+    ]
+    options = {"per_device_train_batch_size": 4, "lr_scheduler_type": "constant", **options}
+    return DistillTrainer(model, config(folder, method, **options), examples=examples)
+
+
+def warnings_of(caplog) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.name == "prefdistill.training.distill"]
+
+
+def test_the_supervised_start_has_learnt_both_answers():
+    _, logps = start()
+    assert np.exp(logps).sum(1).min() > 0.5
+
+
+def test_dpo_that_degenerates_is_warned_of_once(tmp_path, caplog):
+    """The field's most asked question (direct-preference-optimization 8, 32, 36; trl 800, 1236), answered in the log."""
+    trainer = distil_stutter(tmp_path, "dpo", max_steps=24, learning_rate=1e-2)
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    (warning,) = warnings_of(caplog)
+    assert "log-prob fell by" in warning
+    assert "forward-KL" in warning
+    last = [h for h in trainer.state.log_history if "loss" in h][-1]
+    assert last["logps/chosen_change"] < -3
+    assert last["rewards/margins"] > 5
+    with torch.no_grad():
+        mass = [sum(math.exp(float(v)) for v in plain.logps(trainer.model.eval(), t)) for t in STUTTER]
+    assert max(mass) < 0.1  # what the data show as answers, the policy no longer gives
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("p-dpo", {"kl_alpha": 0.1, "learning_rate": 3e-3}),
+        ("dp-dpo", {"kl_alpha": 0.1, "beta": 0.5, "learning_rate": 3e-3}),
+        ("d-dpo", {"beta": 0.5, "learning_rate": 3e-3}),
+        ("dpo", {"learning_rate": 1e-3}),
+    ],
+)
+def test_healthy_runs_are_not_warned_of(method, options, tmp_path, caplog):
+    trainer = distil_stutter(tmp_path, method, max_steps=24, **options)
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert not warnings_of(caplog)
+    last = [h for h in trainer.state.log_history if "loss" in h][-1]
+    assert last["rewards/margins"] > 0.1
+    assert last["logps/chosen_change"] > -0.5
+
+
+def test_a_resumed_run_is_judged_from_its_start(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        distil_stutter(tmp_path, "dpo", max_steps=6, learning_rate=1e-2, save_strategy="steps", save_steps=6).train()
+        assert not warnings_of(caplog)
+        again = distil_stutter(tmp_path, "dpo", max_steps=8, learning_rate=1e-2)
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert len(warnings_of(caplog)) == 1
+
+
+@pytest.mark.parametrize(
+    ("history", "expected"),
+    [
+        ([(0, 0), (-1, 1), (-2, 2), (-3, 3)], True),
+        ([(0, 0), (-1, 1), (-3, 2)], False),  # too early to tell
+        ([(0, 0), (-0.1, 1), (-0.2, 2), (-0.3, 3)], False),  # hardly any fall
+        ([(0, 0), (1, 1), (2, 2), (3, 3)], False),
+        ([(0, 0), (-2, 1), (-2, 0.1), (-1, 0.1)], False),  # the margin does not grow
+        ([(-4, 0), (-4, 1), (-2, 2), (-2, 3)], False),  # it comes back
+        ([(0, 0), (-2, -3), (-4, -2), (-5, -1)], False),  # worse than the start, but not by winning
+    ],
+)
+def test_degenerates(history, expected):
+    assert degenerates(history) == expected
+
+
+def test_distillation_reaches_the_rewards(tmp_path):
+    """Theorem 1's fixed point on all pairs of three responses: beta h is the reward margin."""
+    model = policy()
+    rewards = [(0.0, 1.0, -1.5, 0.5), (2.0, 0.0), (-1.0, 1.0, 0.0)]
+    with torch.no_grad():
+        before = [[float(v) for v in plain.logps(model, t)] for t in TREES]
+    examples = [DistillExample(t, tuple(b), (r,)) for t, b, r in zip(TREES, before, rewards, strict=True)]
+    args = config(tmp_path, "d-dpo", beta=0.5, max_steps=60, learning_rate=5e-3, weight_decay=0.0)
+    trainer = DistillTrainer(model, args, examples=examples)
+    trainer.train()
+    errors = [h["distillation/error"] for h in trainer.state.log_history if "loss" in h]
+    assert errors[-1] < 0.05 * errors[0]
+    with torch.no_grad():
+        after = [[float(v) for v in plain.logps(model.eval(), t)] for t in TREES]
+    for old, new, reward in zip(before, after, rewards, strict=True):
+        implicit = 0.5 * (np.array(new) - np.array(old))
+        np.testing.assert_allclose(implicit - implicit[0], np.array(reward) - reward[0], atol=0.2)
+
+
+# -- what a run is made of ---------------------------------------------------------------------------------------------
+
+
+def alive() -> dict[int, nn.Parameter]:
+    gc.collect()
+    return {o.data_ptr(): o for o in gc.get_objects() if type(o) is nn.Parameter}
+
+
+def test_no_reference_model_is_in_memory(tmp_path):
+    """trl 5542, 1968: after the pass over the reference its weights are gone, and training holds the policy's only."""
+    others = set(alive())
+    column = Column(tmp_path / "logps", "m")
+    fill_columns({"logps": column}, TREES, policy, logps_forward, token_budget=100, precision="float32")
+    assert set(alive()) == others
+    model = policy()
+    examples = [DistillExample(t, tuple(column.of(t)), (), p) for t, p in zip(TREES, PAIRS, strict=True)]
+    trainer = DistillTrainer(model, config(tmp_path, "dpo", max_steps=1), examples=examples)
+    trainer.train()
+    assert set(alive()) - others == {p.data_ptr() for p in model.parameters()}
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_resumed_run_ends_as_an_undisturbed_one(lora, tmp_path):
+    """To the last bit, dropout and the order of batches included."""
+    examples = examples_near(policy())
+
+    def train(folder, resume=None):
+        transformers.set_seed(5)
+        model = policy(attention_dropout=0.1)
+        if lora:
+            model = add_lora(model, rank=2, dropout=0.1, task="CAUSAL_LM")
+        args = config(
+            folder,
+            "e-dpo",
+            num_train_epochs=2,
+            per_device_train_batch_size=1,
+            learning_rate=1e-3,
+            save_strategy="steps",
+            save_steps=4,
+        )
+        trainer = DistillTrainer(model, args, examples=examples)
+        trainer.train(resume_from_checkpoint=resume)
+        return model.state_dict(), [h for h in trainer.state.log_history if "loss" in h]
+
+    whole, history = train(tmp_path / "whole")
+    random.seed(99)
+    torch.manual_seed(99)
+    resumed, resumed_history = train(tmp_path / "again", str(tmp_path / "whole" / "checkpoint-4"))
+    assert len(history) == 6
+    assert resumed_history == history
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert any(not torch.equal(whole[n], p) for n, p in policy().state_dict().items() if n in whole) or lora
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_bf16_on_cpu_is_autocast(bf16, tmp_path):
+    model, seen = policy(), {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda m, i, out, name=name: seen.setdefault(name, set()).add(out.dtype))
+    examples = examples_near(model)
+    seen.clear()
+    model.eval()
+    trainer = DistillTrainer(model, config(tmp_path, "d-dpo", max_steps=1, bf16=bf16), examples=examples)
+    seen.clear()  # the probe's own forward
+    trainer.train()
+    assert {"lm_head", "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"} <= set(seen)
+    assert set.union(*seen.values()) == {torch.bfloat16 if bf16 else torch.float32}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", NEEDS_REWARDS)
+def test_methods_that_need_rewards_say_so(method, tmp_path):
+    model = policy()
+    with pytest.raises(ConfigError, match=f"{method} needs rewards"):
+        DistillTrainer(model, config(tmp_path, method, kl_alpha=0.0), examples=examples_near(model, rewards=()))
+
+
+@pytest.mark.parametrize("method", ["p-dpo", "dp-dpo", "e-dpo"])
+def test_methods_with_a_kl_term_need_samples_of_the_reference(method, tmp_path):
+    model = policy()
+    examples = examples_near(model, from_reference=())
+    with pytest.raises(ConfigError, match="sample.reference_per_prompt"):
+        DistillTrainer(model, config(tmp_path, method, kl_alpha=0.1), examples=examples)
+    DistillTrainer(model, config(tmp_path, method, kl_alpha=0.0), examples=examples)
+
+
+def test_no_pair_to_train_on(tmp_path):
+    model = policy()
+    with pytest.raises(ConfigError, match="no example has a pair"):
+        DistillTrainer(model, config(tmp_path, "dpo"), examples=examples_near(model, pairs=()))
+    single = DistillExample(Tree((5,), ((6, 2),)), (-3.0,), ((0.0,),))
+    with pytest.raises(ConfigError, match="no example has a pair"):
+        DistillTrainer(model, config(tmp_path, "d-dpo"), examples=[single])
+
+
+def test_examples_of_several_ensembles(tmp_path):
+    model = policy()
+    mixed = [*examples_near(model)[:2], *examples_near(model, rewards=((0.0, 1.0, 2.0),))[2:]]
+    with pytest.raises(ConfigError, match=r"\[1, 3\] members"):
+        DistillTrainer(model, config(tmp_path, "d-dpo"), examples=mixed)
+
+
+@pytest.mark.parametrize("fields", [{"reference_logps": (1.0,)}, {"rewards": ((1.0, 2.0, 3.0),)}])
+def test_columns_of_another_length(fields):
+    with pytest.raises(DataError, match="2 responses"):
+        DistillExample(TREES[1], **{"reference_logps": (1.0, 2.0), **fields})
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"method": "ppo"}, "dpo, cdpo"),
+        ({"method": "dpo", "pairs": "some"}, "labelled or all"),
+        ({"method": "e-dpo", "ensemble_over": "run"}, "pair or batch"),
+        ({"method": "e-dpo", "kl_alpha": -1.0}, "kl_alpha"),
+    ],
+)
+def test_options_are_checked(options, match, tmp_path):
+    with pytest.raises(ConfigError, match=match):
+        config(tmp_path, **options)
+
+
+def test_unknown_and_rewardless_losses():
+    h = torch.zeros(2, dtype=torch.float64)
+    with pytest.raises(ConfigError, match="needs reward columns"):
+        pair_losses("d_dpo", h, None, LossOptions())
+    with pytest.raises(ConfigError, match="unknown loss"):
+        pair_losses("nonsense", h, h[None], LossOptions())
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    """Each would train a policy of its own on its share of the data, and none would say so."""
+    monkeypatch.setattr(DistillConfig, "world_size", 2)
+    model = policy()
+    with pytest.raises(ConfigError, match="one process"):
+        DistillTrainer(model, config(tmp_path, "dpo"), examples=examples_near(model))
