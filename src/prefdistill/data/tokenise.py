@@ -12,9 +12,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from prefdistill.data.formats import Text
+from jinja2.exceptions import TemplateError
+
+from prefdistill.data.formats import Message, Text
 from prefdistill.data.transcripts import common_length
 from prefdistill.errors import ConfigError, DataError
+
+# Short conversations that show what a chat template writes around an assistant's text; some ask for a system turn.
+_PROBES: tuple[list[Message], ...] = (
+    [{"role": "user", "content": "a"}],
+    [{"role": "system", "content": "a"}, {"role": "user", "content": "a"}],
+)
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,7 @@ class Encoder:
     Args:
         tokenizer: a transformers tokenizer.
         max_prompt_tokens: longer prompts are cut from their left at a token boundary; tokens that the tokenizer puts
-            before every text (BOS) are kept. None: no bound.
+            before every text (BOS), and a BOS that the chat template writes, are kept. None: no bound.
         max_response_tokens: `response_ids` returns None for a longer response. None: no bound.
         end_ids: tokens that end a response besides the tokenizer's own, e.g. a generation configuration's.
     """
@@ -71,22 +79,50 @@ class Encoder:
 
     @cached_property
     def end_ids(self) -> tuple[int, ...]:
-        """Tokens that end a response: EOS, the ones given, and the chat template's own end of an assistant turn."""
-        found = dict.fromkeys(self._given_end_ids)
-        if self.tokenizer.eos_token_id is not None:
-            found[int(self.tokenizer.eos_token_id)] = None
-        if getattr(self.tokenizer, "chat_template", None):
-            turn = [{"role": "user", "content": "a"}]
-            tail = self._drop_tail(self._plain(self._chat_response_text(turn, [{"role": "assistant", "content": "a"}])))
-            if tail and tail[-1] in self._special:
-                found[tail[-1]] = None
+        """Tokens that end a response: the ones given, EOS, and the chat template's own end of an assistant turn."""
+        found = dict.fromkeys(self._known_ends)
+        if self._turn_end_id is not None:
+            found[self._turn_end_id] = None
         return tuple(found)
 
     @cached_property
-    def _special(self) -> frozenset[int]:
-        special = set(self.tokenizer.all_special_ids)
-        special.update(i for i, t in getattr(self.tokenizer, "added_tokens_decoder", {}).items() if t.special)
-        return frozenset(special)
+    def _known_ends(self) -> tuple[int, ...]:
+        eos = self.tokenizer.eos_token_id
+        return self._given_end_ids if eos is None else (*self._given_end_ids, int(eos))
+
+    @cached_property
+    def _turn_end(self) -> str:
+        """What the chat template writes after an assistant's text, whatever that text is: "<|im_end|>\n"."""
+        if not getattr(self.tokenizer, "chat_template", None):
+            return ""
+        for probe in _PROBES:
+            try:
+                first, second = (self._chat_response_text(probe, [_turn(text)]) for text in "AB")
+            except DataError:
+                continue
+            return first[len(first) - common_length(first[::-1], second[::-1]) :]
+        return ""
+
+    @cached_property
+    def _turn_end_id(self) -> int | None:
+        """The token that ends the chat template's assistant turn; None where the template writes none."""
+        ids = self._plain(self._turn_end)
+        for token in ids:
+            if token in self._known_ends:
+                return token
+        # An unknown character is no end, although its token is a special one.
+        marks = [i for i in ids if i in self._marks and i != self.tokenizer.unk_token_id and not self._is_blank(i)]
+        return marks[-1] if marks else None
+
+    @cached_property
+    def _marks(self) -> frozenset[int]:
+        """Special and added tokens: a template's "<end_of_turn>" may be either."""
+        return frozenset(self.tokenizer.all_special_ids) | frozenset(
+            getattr(self.tokenizer, "added_tokens_decoder", ())
+        )
+
+    def _is_blank(self, token: int) -> bool:
+        return not self._decode([token]).strip()
 
     def _plain(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -108,11 +144,17 @@ class Encoder:
                 f"the data are chat messages, but the tokenizer {self.tokenizer.name_or_path!r} has no chat template; "
                 "use an instruction-tuned model, give the tokenizer a chat template, or give prompts as plain text"
             )
-        return str(
-            self.tokenizer.apply_chat_template(
+        try:
+            text = self.tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        )
+        except TemplateError as error:
+            roles = ", ".join(m["role"] for m in messages)
+            raise DataError(
+                f"the chat template of the tokenizer {self.tokenizer.name_or_path!r} refuses the messages (roles: "
+                f"{roles}): {error}; change the roles or their order, or use another chat template"
+            ) from error
+        return str(text)
 
     def _chat_response_text(self, prompt: Sequence[dict[str, str]], response: Sequence[dict[str, str]]) -> str:
         start = self._template(prompt, add_generation_prompt=True)
@@ -121,17 +163,22 @@ class Encoder:
             return whole[len(start) :]
         # The template opens a turn with text that it leaves out of finished turns (e.g. "<think>"): what the two
         # renderings share whatever the content is the turn's header, and the response is what follows it.
-        probes = [
-            self._template([*prompt, {"role": "assistant", "content": c}], add_generation_prompt=False) for c in "AB"
-        ]
-        return whole[min(common_length(start, probe) for probe in probes) :]
+        probes = [self._template([*prompt, _turn(text)], add_generation_prompt=False) for text in "AB"]
+        header = min(common_length(start, probe) for probe in probes)
+        if not whole.startswith(start[:header]):
+            raise DataError(
+                f"the chat template of the tokenizer {self.tokenizer.name_or_path!r} writes the prompt in another way "
+                f"once this response follows it (from {start[common_length(start, whole) :][:40]!r} on), so the "
+                "response cannot be told from the prompt; use another chat template, or give plain text"
+            )
+        return whole[header:]
 
     def response_text(self, prompt: Text, response: Text) -> str:
         """The text that follows `prompt_text(prompt)`, with whatever the chat template puts after it."""
         if isinstance(response, str):
             if isinstance(prompt, str):
                 return response
-            response = [{"role": "assistant", "content": response}]
+            response = [_turn(response)]
         if isinstance(prompt, str):
             raise DataError("a prompt given as plain text has a response given as chat messages; use one form for both")
         return self._chat_response_text(prompt, response)
@@ -145,71 +192,87 @@ class Encoder:
             DataError: the prompt has no tokens at all, so that a response's first token has no predecessor.
         """
         ids = self._plain(self.prompt_text(prompt))
-        prefix = list(self.prefix_ids) if isinstance(prompt, str) else []
-        if ids[: len(prefix)] == prefix:
-            prefix, ids = ids[: len(prefix)], ids[len(prefix) :]
-        elif not prefix and ids[: len(self.prefix_ids)] == list(self.prefix_ids):
-            prefix, ids = ids[: len(self.prefix_ids)], ids[len(self.prefix_ids) :]
-        if not prefix and not ids:
+        if isinstance(prompt, str) and tuple(ids[: len(self.prefix_ids)]) != self.prefix_ids:
+            ids = [*self.prefix_ids, *ids]
+        if not ids:
             raise DataError("the prompt is empty and the tokenizer has no BOS token, so the response has no first step")
-        cut = 0
+        cut, start = 0, self._start(ids)
         if self.max_prompt_tokens is not None:
-            cut = max(0, len(prefix) + len(ids) - self.max_prompt_tokens)
-            cut = min(cut, len(ids) if prefix else len(ids) - 1)
-        return EncodedPrompt(tuple(prefix + ids[cut:]), cut)
+            cut = min(max(0, len(ids) - self.max_prompt_tokens), len(ids) - max(start, 1))
+        return EncodedPrompt(tuple(ids[:start] + ids[start + cut :]), cut)
+
+    def _start(self, ids: list[int]) -> int:
+        """How many tokens at the start of a prompt stand for its beginning and not for its text."""
+        if self.prefix_ids and tuple(ids[: len(self.prefix_ids)]) == self.prefix_ids:
+            return len(self.prefix_ids)
+        # A template's own BOS; ChatML's <|im_start|>, which some tokenizers name as BOS, begins other turns as well.
+        bos = self.tokenizer.bos_token_id
+        return int(bos is not None and ids[0] == bos and ids.count(bos) == 1)
 
     def response_ids(self, prompt: Text, response: Text, *, finished: bool = True) -> tuple[int, ...] | None:
         """Ids that the policy would generate after `prompt_ids(prompt)`; None if more than `max_response_tokens`.
 
-        A finished response ends in exactly one end token: the one that the template (or the text) put there, else
-        EOS. What a template writes after its end token is never generated and is left out.
+        A finished response ends in exactly one end token: the first that the text or the template put at its end,
+        else EOS; an unfinished one in none. What a template writes after its end token is never generated and is left
+        out, and so is white space that a template without an end token writes after a turn.
+
+        Raises:
+            DataError: prompt and response are of different forms, or the chat template refuses them.
+            ConfigError: the response has no end token of its own and the tokenizer no EOS token.
         """
-        ids = self._drop_tail(self._continue(self.response_text(prompt, response)))
-        ended = bool(ids) and (ids[-1] in self.end_ids or ids[-1] in self._special)
-        if finished and not ended:
-            if self.tokenizer.eos_token_id is None:
+        text = self.response_text(prompt, response)
+        if not isinstance(prompt, str) and (not finished or (self._turn_end_id is None and self._turn_end.isspace())):
+            text = text.removesuffix(self._turn_end)
+        ids, end = self._split_end(self._continue(text))
+        if finished:
+            end = self.tokenizer.eos_token_id if end is None else end
+            if end is None:
                 raise ConfigError(
                     f"the tokenizer {self.tokenizer.name_or_path!r} has no EOS token, so a response has no end; "
                     "set tokenizer.eos_token"
                 )
-            ids = [*ids, int(self.tokenizer.eos_token_id)]
-        if not finished and ended:
-            ids = ids[:-1]
-        while len(ids) > 1 and ids[-1] in self.end_ids and ids[-2] == ids[-1]:
-            ids = ids[:-1]
+            ids = [*ids, int(end)]
         if self.max_response_tokens is not None and len(ids) > self.max_response_tokens:
             return None
         return tuple(ids)
 
-    def _drop_tail(self, ids: list[int]) -> list[int]:
-        """Cuts white space that stands after a final special token: ChatML's newline behind <|im_end|>."""
-        end = len(ids)
-        while end and ids[end - 1] not in self._special:
-            end -= 1
-            if self._decode(ids[end:]).strip():
-                return ids
-        return ids[:end] if end else ids
+    def _split_end(self, ids: list[int]) -> tuple[list[int], int | None]:
+        """Ids before the end tokens at the very end, and the first of these; white space among them is left out."""
+        end = None
+        while True:
+            stop = len(ids)
+            while stop and ids[stop - 1] not in self.end_ids and self._is_blank(ids[stop - 1]):
+                stop -= 1
+            if not stop or ids[stop - 1] not in self.end_ids:
+                return ids, end
+            ids, end = ids[: stop - 1], ids[stop - 1]
 
     def _continue(self, text: str) -> list[int]:
         """Ids of a text that stands after another one: no space of the tokenizer's own before it."""
         if not self._adds_space:
             return self._plain(text)
-        anchor = "a" if text[:1].isspace() else "\n"
-        before, both = self._plain(anchor), self._plain(anchor + text)
-        if both[: len(before)] != before:
-            raise DataError(
-                f"the tokenizer {self.tokenizer.name_or_path!r} merges the start of the response "
-                f"{text[:40]!r} with the text before it, so the response has no tokens of its own"
-            )
-        return both[len(before) :]
+        # Behind a letter or a line break; the one that the text is less likely to merge with comes first.
+        for anchor in ("a", "\n", ".") if text[:1].isspace() else ("\n", "a", "."):
+            before, both = self._plain(anchor), self._plain(anchor + text)
+            if before and both[: len(before)] == before:
+                return both[len(before) :]
+        raise DataError(
+            f"the tokenizer {self.tokenizer.name_or_path!r} merges the start of the response "
+            f"{text[:40]!r} with the text before it, so the response has no tokens of its own"
+        )
 
     def decode_response(self, ids: Sequence[int]) -> str:
-        """Text of generated ids, its end token left out; the inverse of `response_ids` for plain text."""
+        """Text of generated ids, its end token left out; the inverse of `response_ids` for plain text.
+
+        Other special tokens that were generated are part of the text: left out, it would be another response.
+        """
         ids = list(ids)
         while ids and ids[-1] in self.end_ids:
             ids.pop()
-        if not self._adds_space:
-            return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-        anchor = self._plain("\n")
-        text = self.tokenizer.decode([*anchor, *ids], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return str(text)[len(self._decode(anchor)) :]
+        # Behind a letter, because some decoders cut the space at the very start of a text.
+        anchor = self._plain("a")
+        return self._decode([*anchor, *ids])[len(self._decode(anchor)) :]
+
+
+def _turn(text: str) -> Message:
+    return {"role": "assistant", "content": text}

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 
+from prefdistill.atomic import write_json
 from prefdistill.config import RunConfig
 from prefdistill.data.table import PromptGroup, read_groups
 from prefdistill.data.tokenise import Encoder
@@ -126,12 +127,16 @@ class Run:
 
     @cached_property
     def precision(self) -> str:
+        """The arithmetic of this run; once measured it stays, or a busy minute would make every column stale."""
+        asked, kept = self.config.precision, self.root / "precision.json"
+        if asked == "auto" and kept.exists():
+            return str(json.loads(kept.read_text(encoding="utf-8"))["precision"])
         config = transformers.AutoConfig.from_pretrained(
             self.reference, trust_remote_code=self.config.trust_remote_code
         )
-        asked = self.config.precision
         chosen = choose_precision(asked, config, self.device)
         if asked == "auto":
+            write_json(kept, {"precision": chosen})
             self.say(f"precision: {chosen} (the faster matrix product on this machine)")
         return chosen
 

@@ -124,13 +124,14 @@ class DistillTrainer(TreeTrainer):
     """Trains a policy, which must start at pi_ref, on columns that scoring wrote.
 
     Metrics have TRL's names (rewards/chosen, rewards/rejected, rewards/margins, rewards/accuracies, logps/chosen,
-    logps/rejected), over labelled pairs, and: distillation/error (root mean square of the members'
-    mean reward margin less beta h), ensemble/member_k (share of pairs for which e-DPO's min picks member k), kl/forward (estimate of
-    KL(pi_ref || pi_theta)), logps/chosen_change and logps/level_change (mean log-prob of chosen, and of all,
-    responses less the reference's, which is the start's).
+    logps/rejected), over labelled pairs, and: distillation/error (root mean square of the members' mean reward margin
+    less beta h, in reward units), ensemble/member_k (share of pairs for which e-DPO's min picks member k), kl/forward
+    (estimate of KL(pi_ref || pi_theta)), logps/chosen_change and logps/level_change (mean log-prob of chosen, and of
+    all, responses less the reference's, which is the start's).
 
     Raises:
-        ConfigError: the method needs rewards, pairs or samples of pi_ref that the examples do not have.
+        ConfigError: the method needs rewards, pairs or samples of pi_ref that the examples do not have, or they have
+            rewards of different ensembles.
     """
 
     def __init__(
