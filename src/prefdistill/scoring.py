@@ -62,7 +62,7 @@ class Column:
             if (table.schema.metadata or {}).get(b"fingerprint", b"").decode() != fingerprint:
                 self._stale.append(shard)
                 continue
-            values = np.asarray(table["value"].to_pylist(), dtype=np.float64)
+            values = _as_array(table["value"].combine_chunks())
             self.values.update(zip(table["key"].to_pylist(), values, strict=True))
 
     @property
@@ -83,8 +83,26 @@ class Column:
         self.values.update(zip(keys, values.astype(np.float64), strict=True))
 
     def of(self, tree: Tree) -> np.ndarray:
-        """The tree's values, [R] or [R, width], in its order."""
-        return np.stack([self.values[response_key(tree.prompt_ids, r)] for r in tree.responses])
+        """The tree's values, [R] or [R, width], in its order.
+
+        Raises:
+            DataError: a response has no value.
+        """
+        keys = [response_key(tree.prompt_ids, r) for r in tree.responses]
+        lacking = sum(k not in self.values for k in keys)
+        if lacking:
+            raise DataError(
+                f"the column {self.folder} lacks {lacking} responses that were scored before: its files were moved or "
+                "removed; take away manifest.json of the run directory to compute what is missing"
+            )
+        return np.stack([self.values[k] for k in keys])
+
+
+def _as_array(values: pa.Array) -> np.ndarray:
+    """[n] or [n, width] float64, without a Python object a number."""
+    if pa.types.is_fixed_size_list(values.type):
+        return values.flatten().to_numpy().reshape(len(values), -1).astype(np.float64)
+    return values.to_numpy().astype(np.float64)
 
 
 def model_fingerprint(folder_or_id: str, *parts: object) -> str:

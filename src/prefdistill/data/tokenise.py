@@ -117,9 +117,7 @@ class Encoder:
     @cached_property
     def _marks(self) -> frozenset[int]:
         """Special and added tokens: a template's "<end_of_turn>" may be either."""
-        return frozenset(self.tokenizer.all_special_ids) | frozenset(
-            getattr(self.tokenizer, "added_tokens_decoder", ())
-        )
+        return frozenset([*self.tokenizer.all_special_ids, *getattr(self.tokenizer, "added_tokens_decoder", ())])
 
     def _is_blank(self, token: int) -> bool:
         return not self._decode([token]).strip()
