@@ -62,9 +62,10 @@ def bradley_terry(model, examples) -> torch.Tensor:
 # -- training --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_loss_and_gradient_are_bradley_terrys(family, tmp_path):
-    model = classifier(family)
+@pytest.mark.parametrize(("family", "pad"), [("llama", 0), ("llama", 2), ("gemma3", 0)])
+def test_loss_and_gradient_are_bradley_terrys(family, pad, tmp_path):
+    """Also where the pad token is the end token, so that transformers reads the reward one token earlier."""
+    model = classifier(family, pad_token_id=pad)
     truth = plain.doubled(model)
     expected = bradley_terry(truth, EXAMPLES)
     expected.backward()
@@ -220,7 +221,8 @@ def test_scale_head_multiplies_rewards(lora):
     batch = tree_model.collate(TREES, pool_pad_id=0)
     with torch.no_grad():
         before = tree_model.rewards(batch)
-        untouched = {n: p.clone() for n, p in model.named_parameters() if "score" not in n}
+        head = "score.modules_to_save.default.weight" if lora else "score.weight"
+        untouched = {n: p.clone() for n, p in model.named_parameters() if not n.endswith(head)}
         scale_head(model, 0.25)
         torch.testing.assert_close(tree_model.rewards(batch), 0.25 * before)
     assert all(torch.equal(p, untouched[n]) for n, p in model.named_parameters() if n in untouched)

@@ -59,7 +59,9 @@ many = settings(max_examples=60, deadline=None)
 
 @cache
 def encoder(name: str) -> Encoder:
-    return Encoder(TOKENIZERS[name]())
+    tokenizer = TOKENIZERS[name]()
+    # As Phi-3's generation configuration does.
+    return Encoder(tokenizer, end_ids=[tokenizer.convert_tokens_to_ids("<|end|>")] if name == "phi3" else ())
 
 
 def decoded(tokenizer, ids) -> str:
@@ -160,7 +162,7 @@ def test_a_response_of_one_token(name, response):
 def test_no_token_straddles_the_seam(name):
     """trl 1073, unsloth-zoo 1110: encoded as one, the two merge; the prompt given to a policy must not change."""
     e = encoder(name)
-    prompt, response = "Hello, th", "ank you"
+    prompt, response = "Hell", "o"
     apart = [*e.prompt_ids(prompt).ids, *e.response_ids(prompt, response, finished=False)]
     as_one = e.tokenizer(prompt + response)["input_ids"]
     assert as_one[: len(e.prompt_ids(prompt).ids)] != list(e.prompt_ids(prompt).ids)
@@ -263,7 +265,8 @@ def test_a_chat_is_the_templates_own_rendering(name, prompt, response):
     """
     e, tokenizer = encoder(name), encoder(name).tokenizer
     prompt_ids, ids = e.prompt_ids(user(prompt)).ids, e.response_ids(user(prompt), response)
-    assert decoded(tokenizer, prompt_ids).removeprefix(" ") == e.prompt_text(user(prompt))
+    shown = decoded(tokenizer, prompt_ids)
+    assert (shown.replace("<s> ", "<s>", 1) if name == "llama2 legacy" else shown) == e.prompt_text(user(prompt))
     assert sum(i in e.end_ids for i in ids) == 1
     assert ids[-1] in e.end_ids
     if tokenizer.bos_token != "<|im_start|>":
@@ -315,7 +318,7 @@ CHAT_ENDS = {
     "qwen3": "<|im_end|>",
     "smollm2": "<|im_end|>",
     "llama3": "<|eot_id|>",
-    "phi3": "<|endoftext|>",
+    "phi3": "<|end|>",
     "llama2": "</s>",
     "llama2 legacy": "</s>",
     "gemma": "<end_of_turn>",
@@ -327,13 +330,11 @@ CHAT_ENDS = {
 @pytest.mark.parametrize(("name", "end"), CHAT_ENDS.items())
 def test_the_end_of_a_chat_response(name, end):
     """The template's own end of a turn, else EOS, and never both (trl 4908, unsloth 3228)."""
-    if name == "phi3":
-        pytest.skip("its generation configuration names the end: see below")
     e, token = encoder(name), encoder(name).tokenizer.convert_tokens_to_ids(end)
     assert set(e.end_ids) == {token, e.tokenizer.eos_token_id}
     for text in ("Hello.", f"Hello.{end}", f"Hello.{end}\n"):
         ids = e.response_ids(user("a"), text)
-        assert ids == e.response_ids(user("a"), "Hello." if name != "llama2 legacy" else text)
+        assert e.decode_response(ids).strip().removeprefix("<think>\n\n</think>\n\n") == "Hello."
         assert ids[-1] == token
         assert ids.count(token) == 1
     assert e.response_ids("a", f"Hello.{end}")[-1] == token
@@ -349,13 +350,17 @@ def test_qwen3s_empty_thought_belongs_to_the_response():
 
 
 def test_of_two_ends_that_a_template_writes_the_first_known_one_counts():
-    """Phi-3 ends a turn with <|end|>, where generation stops, and a chat with <|endoftext|> behind it."""
-    tokenizer = encoder("phi3").tokenizer
-    end = tokenizer.convert_tokens_to_ids("<|end|>")
-    e = Encoder(tokenizer, end_ids=[end])
-    assert e.end_ids == (end, tokenizer.eos_token_id)
-    assert decoded(tokenizer, e.response_ids(user("q"), "Hello.")) == "Hello.<|end|>"
-    assert decoded(tokenizer, e.response_ids(user("q"), "Hello.", finished=False)) == "Hello."
+    """Phi-3 ends a turn with <|end|> and a chat with <|endoftext|> behind it.
+
+    Generation stops at <|end|> where the generation configuration says so. Where it does not, all that a policy must
+    write before it can stop is its response.
+    """
+    e = encoder("phi3")
+    assert decoded(e.tokenizer, e.response_ids(user("q"), "Hello.")) == "Hello.<|end|>"
+    e = Encoder(e.tokenizer)
+    assert e.end_ids == (e.tokenizer.eos_token_id,)
+    assert decoded(e.tokenizer, e.response_ids(user("q"), "Hello.")) == "Hello.<|end|>\n<|endoftext|>"
+    assert decoded(e.tokenizer, e.response_ids(user("q"), "Hello.", finished=False)) == "Hello."
 
 
 def test_an_end_that_is_an_added_but_no_special_token():
@@ -390,17 +395,15 @@ def test_an_r1_prompt_opens_a_thought_that_finished_turns_leave_out():
     e = encoder("r1")
     assert e.prompt_text(user("q")) == "<s><|User|>q<|Assistant|><think>\n"
     assert e.response_text(user("q"), "Hello.") == "Hello.<|endoftext|>"
-    # Contents that begin as the opened thought does are no part of the turn's header.
+    # A content that begins as the opened thought does is no part of the turn's header.
     assert e.response_text(user("q"), "<thin air") == "<thin air<|endoftext|>"
 
 
-def test_a_template_that_rewrites_the_prompt_for_a_response_is_refused():
+@pytest.mark.parametrize("first", ["{{ messages[-1]['content'] }}", "{{ messages | length }}"])
+def test_a_template_that_rewrites_the_prompt_for_a_response_is_refused(first):
     """Else the response would be cut out of the middle of another text."""
-    template = "{{ messages | length }}" + tiny.CHATML.replace("assistant\n", "assistant\n<think>\n")
     with pytest.raises(DataError, match="another way"):
-        Encoder(tiny.chatml(template.replace("<|im_start|>{{ m", "{{ messages[-1]['content'] }}{{ m"))).response_ids(
-            user("q"), "<|im_end|> Hello"
-        )
+        Encoder(tiny.chatml(first + tiny.CHATML)).response_ids(user("q"), "Hello")
 
 
 def test_a_template_that_refuses_the_messages_is_a_data_error():

@@ -13,6 +13,7 @@ from prefdistill.atomic import write_text
 from prefdistill.config import RunConfig
 from prefdistill.data.formats import Pair
 from prefdistill.errors import ConfigError
+from prefdistill.evaluation.judges import is_oracle, load_oracle
 from prefdistill.manifest import Manifest, StageRecord, file_fingerprint, fingerprint_of
 from prefdistill.scoring import model_fingerprint
 from prefdistill.stages import distill, evaluate, members, prepare, report
@@ -60,6 +61,8 @@ def run(config: RunConfig, *, until: str | None = None) -> Path:
     _check_output(config)
     job = Run(config)
     # Bad data or a model that is not there must stop the run before its directory exists.
+    if is_oracle(config.evaluate.judge):
+        load_oracle(config.evaluate.judge)
     pairs, bad = prepare.read_pairs(job)
     source = _data_fingerprint(config, job)
     manifest = Manifest(job.root)

@@ -159,17 +159,18 @@ class Encoder:
         whole = self._template([*prompt, *response], add_generation_prompt=False)
         if whole.startswith(start):
             return whole[len(start) :]
-        # The template opens a turn with text that it leaves out of finished turns (e.g. "<think>"): what the two
-        # renderings share whatever the content is the turn's header, and the response is what follows it.
+        # The template opens a turn with text that it leaves out of finished turns (e.g. "<think>"): what it writes
+        # before every content is the turn's header, and the response is what follows it.
+        bare = self._template(prompt, add_generation_prompt=False)
         probes = [self._template([*prompt, _turn(text)], add_generation_prompt=False) for text in "AB"]
-        header = min(common_length(start, probe) for probe in probes)
-        if not whole.startswith(start[:header]):
+        header = probes[0][: common_length(*probes)]
+        if not whole.startswith(header) or common_length(start, header) < common_length(start, bare):
             raise DataError(
                 f"the chat template of the tokenizer {self.tokenizer.name_or_path!r} writes the prompt in another way "
-                f"once this response follows it (from {start[common_length(start, whole) :][:40]!r} on), so the "
-                "response cannot be told from the prompt; use another chat template, or give plain text"
+                f"once a response follows it (from {start[common_length(start, whole) :][:40]!r} on), so the response "
+                "cannot be told from the prompt; use another chat template, or give plain text"
             )
-        return whole[header:]
+        return whole[len(header) :]
 
     def response_text(self, prompt: Text, response: Text) -> str:
         """The text that follows `prompt_text(prompt)`, with whatever the chat template puts after it."""

@@ -104,7 +104,7 @@ def _files(columns: Any) -> list[Path]:
 
 def make_members(run: Run, fingerprint: str) -> tuple[list[Path], str]:
     options = run.config.reward
-    facts = []
+    facts: list[dict[str, Any]] = []
     for k in range(options.members):
         rho = options.rho[k % len(options.rho)] if options.resample == "length-bias" else None
         how = options.resample + (f", rho {rho}" if rho is not None else "")
@@ -121,6 +121,8 @@ def make_members(run: Run, fingerprint: str) -> tuple[list[Path], str]:
                 how=options.resample,
                 rho=rho,
                 seed=run.config.seed + 1 + k,
+                # Cross-validation is done once: its choice hardly hangs on the resample, and it is most of the work.
+                l2=facts[0].get("l2") if facts else None,
             )
             write_json(done, {**record, "resample": how, "fingerprint": fingerprint})
         facts.append(json.loads(done.read_text()))
@@ -157,6 +159,7 @@ def train_member(
     how: str,
     rho: float | None,
     seed: int,
+    l2: float | None = None,
 ) -> dict[str, Any]:
     """Trains one member, calibrates it on the validation pairs, saves it, and returns the facts of its training."""
     options = run.config.reward
@@ -174,7 +177,7 @@ def train_member(
         pad = classifier_pad(run)
         features = reference_columns(run)["features"]
         x = np.concatenate([_pair_features(features, g) for g in labelled])
-        head, facts["l2"] = fit_head(x, weights, np.array([i for i, _, _ in flat]), l2=options.l2, seed=seed)
+        head, facts["l2"] = fit_head(x, weights, np.array([i for i, _, _ in flat]), l2=options.l2 or l2, seed=seed)
         margins = np.concatenate([_pair_features(features, g) for g in validation]) @ head
         scale = _scale(run, margins)
         model: Any = new_classifier(base, pad)

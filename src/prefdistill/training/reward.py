@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from prefdistill.data.tree import Tree, TreeBatch
 from prefdistill.training.trees import TreeTrainer
 
-L2_GRID = (100.0, 10.0, 1.0, 0.1, 0.01)
+L2_GRID = (100.0, 10.0, 1.0, 0.1, 0.01, 0.001)
 FOLDS = 4
 MAX_SCALE = 10.0
 NEWTON_STEPS = 100

@@ -1,0 +1,255 @@
+"""The main job on a tiny model: twice, stopped in the middle, and on data that cannot be used."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import transformers
+from tiny_models import tiny
+from tiny_tokenizers import gpt2
+
+from prefdistill import RunConfig, pipeline
+from prefdistill.cli import main, parse
+from prefdistill.errors import ConfigError
+from prefdistill.stages import distill as distill_stage
+
+WORDS = "red green blue round square small large old new bright dark soft hard".split()
+CONTRACT = {"advantage", "win_rate", "kl_policy_ref", "kl_ref_policy", "length_mean", "chosen_logp_change"}
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = gpt2()
+    model = tiny("llama", vocab_size=len(tokenizer), pad_token_id=None, eos_token_id=tokenizer.eos_token_id)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def rows(n: int = 30, seed: int = 0) -> list[dict]:
+    draw = random.Random(seed)
+    text = lambda k: " " + " ".join(draw.choices(WORDS, k=k))  # noqa: E731
+    return [{"prompt": f"Describe{text(4)}:", "chosen": text(4), "rejected": text(6)} for _ in range(n)]
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows()), encoding="utf-8")
+    return path
+
+
+def small(data, model_folder, out, **sections) -> RunConfig:
+    flags = {
+        "data": data,
+        "model": model_folder,
+        "output_dir": out,
+        "precision": "float32",
+        "evaluate.max_new_tokens": 6,
+        "sample.max_new_tokens": 6,
+        "evaluate.chosen_prompts": 4,
+        **sections,
+    }
+    return parse("run", [f"--{k}={v}" for k, v in flags.items()])
+
+
+def test_run_twice_does_nothing_the_second_time(data, model_folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    config = small(data, model_folder, out, methods="[dpo,ipo,p-dpo,d-dpo,dp-dpo,e-dpo]")
+    pipeline.run(config)
+    summary = json.loads((out / "evaluation" / "summary.json").read_text())
+    assert summary["version"] == 1
+    assert set(summary["methods"]) == {"reference", *config.methods}
+    for figures in summary["methods"].values():
+        assert set(figures) >= CONTRACT
+        low, high = figures["advantage"]["ci95"]
+        assert low <= figures["advantage"]["mean"] <= high
+    assert "chosen_logp_change" in summary["methods"]["e-dpo"]
+    assert summary["methods"]["reference"]["kl_policy_ref"]["mean"] == pytest.approx(0, abs=1e-9)
+    assert "<html" in (out / "report.html").read_text(encoding="utf-8").lower()
+    scored = pq.read_table(out / "data" / "scored.parquet")
+    assert {"prompt", "chosen", "rejected", "ref_chosen_logps", "ref_rejected_logps"} <= set(scored.column_names)
+
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()}
+    capsys.readouterr()
+    pipeline.run(config)
+    assert "nothing to do" in capsys.readouterr().err
+    after = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()}
+    assert {p for p in before if before[p] != after.get(p)} <= {out / "config.yaml"}
+    assert before.keys() == after.keys()
+    assert not [p for p in before if ".part-" in p.name]
+
+    # Members and policies are ordinary folders.
+    member = transformers.AutoModelForSequenceClassification.from_pretrained(out / "reward" / "member-0")
+    assert member.config.num_labels == 1
+    policy = transformers.AutoModelForCausalLM.from_pretrained(out / "policy" / "e-dpo")
+    assert torch.isfinite(policy(torch.tensor([[3, 4, 5]])).logits).all()
+
+
+def test_member_rewards_are_those_of_the_saved_folder(data, model_folder, tmp_path):
+    """In another process, by transformers alone, prompt and response as text."""
+    out = tmp_path / "run"
+    pipeline.run(small(data, model_folder, out, methods="[d-dpo]"), until="score")
+    scored = pq.read_table(out / "data" / "scored.parquet").to_pylist()
+    code = f"""
+import json, sys, torch, transformers
+m = transformers.AutoModelForSequenceClassification.from_pretrained({str(out / "reward" / "member-1")!r}).eval()
+t = transformers.AutoTokenizer.from_pretrained({str(out / "reward" / "member-1")!r})
+out = []
+for row in json.load(sys.stdin):
+    pair = []
+    for side in ("chosen", "rejected"):
+        ids = t(row["prompt"])["input_ids"] + t(row[side])["input_ids"] + [t.eos_token_id]
+        pair.append(m(torch.tensor([ids])).logits[0, 0].item())
+    out.append(pair[0] - pair[1])
+print(json.dumps(out))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=json.dumps(scored), capture_output=True, text=True, check=True
+    )
+    ours = [row["rewards_chosen"][1] - row["rewards_rejected"][1] for row in scored]
+    assert json.loads(done.stdout.splitlines()[-1]) == pytest.approx(ours, abs=1e-4)
+
+
+def test_a_stopped_run_goes_on_where_it_was(data, model_folder, tmp_path, monkeypatch, capsys):
+    config = small(data, model_folder, tmp_path / "run", methods="[d-dpo]", **{"distill.save_steps": 1})
+    whole = small(data, model_folder, tmp_path / "whole", methods="[d-dpo]", **{"distill.save_steps": 1})
+    pipeline.run(whole, until="distill")
+
+    real, steps = distill_stage.ProgressCallback.on_step_end, []
+
+    def stop(self, args, state, control, **kwargs):
+        real(self, args, state, control, **kwargs)
+        steps.append(state.global_step)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(distill_stage.ProgressCallback, "on_step_end", stop)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(config, until="distill")
+    assert not (tmp_path / "run" / "policy" / "d-dpo").exists()
+    capsys.readouterr()
+    pipeline.run(config, until="distill")
+    said = capsys.readouterr().err
+    assert "score: done before" in said
+    assert steps[4] == 4, "it goes on from the checkpoint of step 3, not from the start"
+    weights = [
+        (tmp_path / name / "policy" / "d-dpo" / "model.safetensors").read_bytes() for name in ("run", "whole")
+    ]
+    assert weights[0] == weights[1]
+
+
+def test_another_option_does_only_what_hangs_on_it(data, model_folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    pipeline.run(small(data, model_folder, out, methods="[dpo,d-dpo]"), until="distill")
+    capsys.readouterr()
+    pipeline.run(small(data, model_folder, out, methods="[dpo,d-dpo]", **{"reward.l2": 0.5}), until="distill")
+    said = capsys.readouterr().err
+    for stage in ("data", "reference", "distill:dpo"):
+        assert f"{stage}: done before" in said
+    for stage in ("reward", "score", "distill:d-dpo"):
+        assert f"{stage}: done before" not in said
+
+
+@pytest.mark.parametrize("hold", ["lora", "full"])
+def test_members_of_every_kind_and_pretrained_ones(hold, data, model_folder, tmp_path):
+    first = tmp_path / "first"
+    # All chosen responses of `rows` are shorter, so that only rho = 0 can be made of them.
+    sections = {"reward.hold": hold, "reward.members": 2, "reward.resample": "length-bias", "reward.rho": "[0.0]"}
+    pipeline.run(small(data, model_folder, first, methods="[e-dpo]", **sections), until="score")
+    pretrained = {"reward.members": 1, "reward.pretrained": f"[{first / 'reward' / 'member-1'}]"}
+    second = tmp_path / "second"
+    pipeline.run(small(data, model_folder, second, methods="[e-dpo]", **pretrained), until="evaluate")
+    a, b = (pq.read_table(p / "data" / "scored.parquet").to_pylist() for p in (first, second))
+    for x, y in zip(a, b, strict=True):
+        margin = [r["rewards_chosen"][1] - r["rewards_rejected"][1] for r in (x, y)]
+        assert margin[0] == pytest.approx(margin[1], abs=1e-4)
+
+
+def test_supervised_start(data, model_folder, tmp_path):
+    out = tmp_path / "run"
+    pipeline.run(small(data, model_folder, out, methods="[dpo]", **{"sft.enabled": "true"}), until="start")
+    start = transformers.AutoModelForCausalLM.from_pretrained(out / "start")
+    base = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    changed = [not torch.equal(a, b) for a, b in zip(start.parameters(), base.parameters(), strict=True)]
+    assert any(changed)
+
+
+def bad_files(tmp_path):
+    good = rows(5)
+    files = {
+        "missing column": ("a.jsonl", json.dumps({"prompt": "x", "chosen": "y"}).encode(), ["a.jsonl", "rejected"]),
+        "empty response": ("b.jsonl", json.dumps({**good[0], "chosen": " "}).encode(), ["b.jsonl", "row 1", "chosen"]),
+        "equal": ("c.jsonl", json.dumps({**good[0], "rejected": good[0]["chosen"]}).encode(), ["c.jsonl", "row 1"]),
+        "not UTF-8": ("d.jsonl", b'{"prompt": "caf\xe9", "chosen": "a", "rejected": "b"}', ["d.jsonl", "UTF-8"]),
+        "empty": ("e.jsonl", b"", ["e.jsonl"]),
+    }
+    for kind, (name, content, words) in files.items():
+        (tmp_path / name).write_bytes(content)
+        yield kind, tmp_path / name, words
+    yield "does not exist", tmp_path / "nowhere.jsonl", ["nowhere.jsonl"]
+
+
+def test_bad_data_stops_with_2_and_nothing_is_written(tmp_path, model_folder, capsys):
+    for kind, path, words in bad_files(tmp_path):
+        out = tmp_path / "out"
+        code = main(["run", "--data", str(path), "--model", str(model_folder), "--output-dir", str(out)])
+        said = capsys.readouterr().err
+        assert code == 2, kind
+        assert all(w in said for w in words), (kind, said)
+        assert "Traceback" not in said
+        assert not out.exists(), kind
+
+
+def test_bad_rows_can_be_dropped(tmp_path, model_folder):
+    path = tmp_path / "pairs.jsonl"
+    lines = [json.dumps(r) for r in rows()]
+    lines.insert(3, json.dumps({"prompt": "x", "chosen": " ", "rejected": "y"}))
+    path.write_text("\n".join(lines), encoding="utf-8")
+    out = tmp_path / "out"
+    config = small(path, model_folder, out, methods="[dpo]", **{"dataset.on_bad_row": "drop"})
+    pipeline.run(config, until="data")
+    dropped = [json.loads(line) for line in (out / "data" / "rejected.jsonl").read_text().splitlines()]
+    assert [d["where"].endswith("row 4") for d in dropped] == [True]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--methods", "nope"], ["nope", "e-dpo"]),
+        (["--distill.beta", "0"], ["distill.beta"]),
+        (["--reward.hold", "x"], ["reward.hold", "lora"]),
+        (["--distill.bata", "1"], ["bata"]),
+        (["--dataset.test_fraction", "0.9"], ["fraction"]),
+        (["--evaluate.judge", "nowhere:f", "--data", "DATA"], ["nowhere"]),
+        (["missing.yaml"], ["missing.yaml"]),
+    ],
+)
+def test_options_are_checked_before_anything_is_written(flags, words, tmp_path, model_folder, data, capsys):
+    out = tmp_path / "out"
+    flags = [str(data) if f == "DATA" else f for f in flags]
+    code = main(["run", *flags, "--model", str(model_folder), "--output-dir", str(out)])
+    said = capsys.readouterr().err
+    assert code == 2
+    assert all(w in said for w in words), said
+    assert not out.exists()
+
+
+def test_yaml_and_flags_are_one(tmp_path):
+    path = tmp_path / "c.yaml"
+    config = parse("run", ["--distill.beta", "0.3", "--methods", "dpo,e-dpo", "--output-dir", "x"])
+    path.write_text(config.as_yaml(), encoding="utf-8")
+    assert parse("run", [str(path)]) == config
+    assert parse("run", [str(path), "--distill.beta=0.5"]).distill.beta == 0.5
+
+
+def test_config_check_names_the_option():
+    with pytest.raises(ConfigError, match=r"reward\.rho"):
+        parse("run", ["--reward.resample", "length-bias"]).check()
