@@ -8,6 +8,7 @@ import gc
 import itertools
 import logging
 import math
+import tempfile
 
 import numpy as np
 import pytest
@@ -237,7 +238,7 @@ def start():
     if not _start:
         model = policy()
         args = transformers.TrainingArguments(
-            output_dir="unused", max_steps=40, learning_rate=3e-3, per_device_train_batch_size=4, **QUIET
+            output_dir=tempfile.gettempdir(), max_steps=40, learning_rate=3e-3, per_device_train_batch_size=4, **QUIET
         )
         SFTTrainer(model, args, trees=STUTTER).train()
         model.eval()

@@ -11,15 +11,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
-from tiny_models import tiny
-from tiny_tokenizers import gpt2
 
 from prefdistill import RunConfig, pipeline
 from prefdistill.cli import main, parse
 from prefdistill.errors import ConfigError
 from prefdistill.stages import distill as distill_stage
+from tiny_models import tiny
+from tiny_tokenizers import gpt2
 
-WORDS = "red green blue round square small large old new bright dark soft hard".split()
+WORDS = ["red", "green", "blue", "round", "square", "small", "large", "old", "new", "bright", "dark", "soft", "hard"]
 CONTRACT = {"advantage", "win_rate", "kl_policy_ref", "kl_ref_policy", "length_mean", "chosen_logp_change"}
 
 
@@ -140,9 +140,7 @@ def test_a_stopped_run_goes_on_where_it_was(data, model_folder, tmp_path, monkey
     said = capsys.readouterr().err
     assert "score: done before" in said
     assert steps[4] == 4, "it goes on from the checkpoint of step 3, not from the start"
-    weights = [
-        (tmp_path / name / "policy" / "d-dpo" / "model.safetensors").read_bytes() for name in ("run", "whole")
-    ]
+    weights = [(tmp_path / name / "policy" / "d-dpo" / "model.safetensors").read_bytes() for name in ("run", "whole")]
     assert weights[0] == weights[1]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ from prefdistill.data.tree import Tree
 from prefdistill.models.forward import TreeModel
 from prefdistill.models.loading import add_lora, load_classifier, new_classifier, save_head, save_model
 from prefdistill.training.reward import (
+    L2_GRID,
     MAX_SCALE,
     RewardExample,
     RewardTrainer,
@@ -317,6 +319,25 @@ def test_cross_validation_leaves_out_whole_prompts():
     _, by_prompt = fit_head(z, np.ones(320), clusters)
     _, by_pair = fit_head(z, np.ones(320), np.arange(320))
     assert by_prompt > 100 * by_pair
+
+
+def test_the_penalty_is_the_best_when_each_prompt_is_left_out():
+    """With four prompts the four folds are the prompts, so brute force can say what cross-validation must find."""
+    found = []
+    for seed in range(6):
+        z, _, rng = head_problem(pairs=32, width=3, seed=seed, signal=0.6)
+        clusters = rng.permutation(np.repeat(np.arange(4), 8))
+        x, losses = z / np.sqrt((z**2).mean(0)), dict.fromkeys(L2_GRID, 0.0)
+        for l2, prompt in itertools.product(L2_GRID, range(4)):
+            kept, out = x[clusters != prompt], x[clusters == prompt]
+
+            def loss(w, kept=kept, l2=l2):
+                return np.mean(np.log1p(np.exp(-kept @ w))) + 0.5 * l2 * w @ w
+
+            losses[l2] += np.log1p(np.exp(-out @ optimize.minimize(loss, np.zeros(3), method="BFGS").x)).sum()
+        found.append(fit_head(z, np.ones(32), clusters)[1])
+        assert found[-1] == min(losses, key=losses.get)
+    assert len(set(found)) > 2, "always the same penalty would prove little"
 
 
 def test_one_prompt_alone_has_no_cross_validation():

@@ -114,6 +114,17 @@ def test_rewards_are_those_of_transformers(family, tmp_path):
     np.testing.assert_allclose(values_of(column, trees), rewards, atol=1e-5, rtol=1e-4)
 
 
+def test_rewards_in_bfloat16_are_not_rounded_to_it(tmp_path):
+    """The backbone is; the head is one row of weights, and its rounding would make ties of near rewards."""
+    model = tiny("llama", classifier=True)
+    with torch.no_grad():
+        model.score.weight.mul_(20)
+    column = Column(tmp_path, "m")
+    fill({"rewards": column}, TREES, Watched(model, rewards_forward), pool=True, precision="bfloat16")
+    rewards = torch.tensor(values_of(column, TREES))
+    assert (rewards != rewards.bfloat16()).sum() > 0.8 * RESPONSES
+
+
 def test_features_are_read_where_a_later_classifier_pools(tmp_path):
     """Heads are fitted on the policy's features and saved as classifiers whose pad token may be the end token."""
     classifier = tiny("llama", classifier=True, pad_token_id=2)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 import struct
 from collections import Counter
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -17,7 +19,7 @@ from prefdistill.data.table import (
     SPLITS,
     PromptGroup,
     Response,
-    add_responses,
+    add_drawn,
     assign_splits,
     group_pairs,
     in_split,
@@ -27,6 +29,7 @@ from prefdistill.data.table import (
     response_lengths,
     text_key,
     write_groups,
+    write_scored,
 )
 from prefdistill.data.tokenise import Encoder
 from prefdistill.errors import DataError
@@ -125,7 +128,7 @@ def test_errors_name_the_row():
 
 def test_unlabelled_responses_join_without_pairs():
     (group,), _ = grouped([pair("p", "a", "b")])
-    add_responses(
+    add_drawn(
         group,
         [Response("x", (*ids("x"), EOS), source="reference"), Response("a", (*ids("a"), EOS), source="reference")],
     )
@@ -204,6 +207,32 @@ def test_encoded_groups_survive_the_file(tmp_path):
     back = read_groups(tmp_path / "g.parquet")
     assert back == groups
     assert [g.keys for g in back] == [g.keys for g in groups]
+
+
+@pytest.mark.parametrize("forms", ["texts", "chats", "both"])
+def test_scored_pairs_are_rows_of_their_own(forms, tmp_path):
+    pairs = [pair("p", "a", "b", split="train"), pair("p", "c", "a", split="train")]
+    chats = [pair(user("q"), assistant("a"), assistant("b"), split="train")]
+    groups, _ = grouped({"texts": pairs, "chats": chats, "both": pairs + chats}[forms])
+    numbers = [np.arange(len(g.responses), dtype=float) for g in groups]
+    write_scored(tmp_path / "s.parquet", groups, [-x for x in numbers], [numbers, [10 * x for x in numbers]])
+    rows = pq.read_table(tmp_path / "s.parquet").to_pylist()
+    assert len(rows) == sum(len(g.pairs) for g in groups)
+    read = json.loads if forms == "both" else lambda text: text
+    if forms != "chats":
+        assert [(read(r["prompt"]), read(r["chosen"]), read(r["rejected"])) for r in rows[:2]] == [
+            ("p", "a", "b"),
+            ("p", "c", "a"),
+        ]
+        assert [(r["ref_chosen_logps"], r["ref_rejected_logps"]) for r in rows[:2]] == [(0.0, -1.0), (-2.0, 0.0)]
+        assert rows[1]["rewards_chosen"] == [2.0, 20.0]
+        assert rows[1]["rewards_rejected"] == [0.0, 0.0]
+    if forms != "texts":
+        assert [read(rows[-1][c]) for c in ("prompt", "chosen", "rejected")] == [
+            user("q"),
+            assistant("a"),
+            assistant("b"),
+        ]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

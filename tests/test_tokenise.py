@@ -7,6 +7,7 @@ that tokenise differently at their seam (trl 1073, unsloth-zoo 1110).
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from types import SimpleNamespace
 
@@ -44,14 +45,14 @@ CHATS = [name for name in TOKENIZERS if name != "gpt2"]
 DUMMY_PREFIX = [name for name in TOKENIZERS if "llama2" in name]
 ADDS_BOS = ["llama3", "llama3 adding EOS", "llama2", "llama2 adding EOS", "llama2 legacy", "gemma", "endless llama2"]
 
-# "▁" is SentencePiece's own sign for a space and comes back as one.
+# "▁" is SentencePiece's own sign for a space and comes back as one. Texts with a special token's name in them stand in
+# tests of their own: hypothesis finds the names in this file.
+characters = st.characters(exclude_categories=["Cs"], exclude_characters="▁")
 pieces = st.sampled_from(
     ["Hello", " world", "the", " ", "  ", "\n", "\n\n", "\t", ".", "é", "e\u0301", "🙂", "👩‍👩‍👧", "你好", "12"]
 )
-texts = st.lists(pieces | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"), max_size=6)).map(
-    "".join
-)
-trimmed = texts.map(str.strip).filter(lambda text: text and "</think>" not in text)
+texts = st.lists(pieces | st.text(characters, max_size=6)).map("".join).filter(lambda t: not re.search(r"<[|/]?\w", t))
+trimmed = texts.map(str.strip).filter(bool)
 every_make = pytest.mark.parametrize("name", TOKENIZERS)
 every_chat = pytest.mark.parametrize("name", CHATS)
 many = settings(max_examples=60, deadline=None)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,19 @@ SPLITS = ("train", "validation", "judge", "test")
 
 @dataclass(frozen=True)
 class Response:
-    """A distinct response: where its text came from is `source`, "data", "reference" or "policy"."""
+    """A distinct response.
+
+    Attributes:
+        text, ids: as a person and as a model reads it; unfinished ones have no end token.
+        source: where it came from first, "data" or "reference".
+        drawn: how often it was drawn from the reference: a likely response counts as often in forward KL.
+    """
 
     text: Text
     ids: tuple[int, ...]
     finished: bool = True
     source: str = "data"
+    drawn: int = 0
 
 
 @dataclass
@@ -169,16 +176,23 @@ def assign_splits(pairs: Sequence[Pair], fractions: dict[str, float], seed: int)
     return out
 
 
-def add_responses(group: PromptGroup, responses: Iterable[Response]) -> None:
-    """Joins unlabelled responses to a prompt: they are scored and distilled, no pair names them."""
+def add_drawn(group: PromptGroup, responses: Iterable[Response]) -> None:
+    """Joins responses drawn from the reference: they are scored and distilled, no label names them."""
     for response in responses:
-        group.place(response)
+        i = group.place(response)
+        group.responses[i] = replace(group.responses[i], drawn=group.responses[i].drawn + 1)
 
 
 # -- files ---------------------------------------------------------------------------------------------------------
 
 _RESPONSE = pa.struct(
-    [("text", pa.string()), ("ids", pa.list_(pa.int32())), ("finished", pa.bool_()), ("source", pa.string())]
+    [
+        ("text", pa.string()),
+        ("ids", pa.list_(pa.int32())),
+        ("finished", pa.bool_()),
+        ("source", pa.string()),
+        ("drawn", pa.int32()),
+    ]
 )
 _SCHEMA = pa.schema(
     [
@@ -203,7 +217,13 @@ def write_groups(path: Path, groups: Sequence[PromptGroup], metadata: dict[str, 
             "cut": g.cut,
             "extra": json.dumps(g.extra, ensure_ascii=False, default=str),
             "responses": [
-                {"text": text_key(r.text), "ids": list(r.ids), "finished": r.finished, "source": r.source}
+                {
+                    "text": text_key(r.text),
+                    "ids": list(r.ids),
+                    "finished": r.finished,
+                    "source": r.source,
+                    "drawn": r.drawn,
+                }
                 for r in g.responses
             ],
             "pairs": [list(p) for p in g.pairs],
@@ -224,11 +244,14 @@ def write_scored(
         logps: [group] -> [R] reference log-probs.
         rewards: [K][group] -> [R].
     """
+    # A Parquet column has one type: where some prompts are texts and others chats, both are written as JSON.
+    one_form = len({isinstance(g.prompt, str) for g in groups}) == 1
+    shape: Callable[[Text], Any] = _for_trl if one_form else text_key
     rows = [
         {
-            "prompt": _for_trl(g.prompt),
-            "chosen": _for_trl(g.responses[c].text),
-            "rejected": _for_trl(g.responses[r].text),
+            "prompt": shape(g.prompt),
+            "chosen": shape(g.responses[c].text),
+            "rejected": shape(g.responses[r].text),
             "split": g.split,
             "ref_chosen_logps": float(logps[i][c]),
             "ref_rejected_logps": float(logps[i][r]),
@@ -258,7 +281,7 @@ def read_groups(path: Path) -> list[PromptGroup]:
                 json.loads(row["extra"]),
                 row["cut"],
                 [
-                    Response(json.loads(r["text"]), tuple(r["ids"]), r["finished"], r["source"])
+                    Response(json.loads(r["text"]), tuple(r["ids"]), r["finished"], r["source"], r["drawn"])
                     for r in row["responses"]
                 ],
                 [(p[0], p[1]) for p in row["pairs"]],

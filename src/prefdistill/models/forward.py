@@ -126,9 +126,14 @@ class TreeModel:
         return hidden[batch.last].float()
 
     def rewards(self, batch: TreeBatch) -> Tensor:
-        """Rewards of a sequence classifier's `score` head, [R] float32."""
-        hidden = self.hidden(batch)
-        return self.core.score(hidden[batch.last])[:, 0].float()
+        """Rewards of a sequence classifier's `score` head, [R] float32.
+
+        The head itself runs in its weights' precision: bfloat16 would round a reward near 5 to steps of 0.03.
+        """
+        pooled = self.hidden(batch)[batch.last]
+        dtype = next(self.core.score.parameters()).dtype
+        with torch.autocast(pooled.device.type, enabled=False):
+            return self.core.score(pooled.to(dtype))[:, 0].float()
 
 
 def chunked_token_logps(core: Any, config: Any, hidden: Tensor, targets: Tensor, chunk: int = HEAD_CHUNK) -> Tensor:

@@ -41,9 +41,9 @@ def examples_of(run: Run, *splits: str, rewards: bool) -> list[DistillExample]:
 def _from_reference(run: Run, group: PromptGroup) -> list[int]:
     """Responses over which forward KL is estimated: the sampled ones, or the data's own where they were drawn so.
 
-    Never both: the sampled ones are used where there are any.
+    Never both: the sampled ones are used where there are any, each as often as it was drawn.
     """
-    sampled = [i for i, r in enumerate(group.responses) if r.source == "reference"]
+    sampled = [i for i, r in enumerate(group.responses) for _ in range(r.drawn)]
     if sampled or not run.config.dataset.drawn_from_reference:
         return sampled
     return list(range(len(group.responses)))

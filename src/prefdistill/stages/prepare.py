@@ -17,7 +17,7 @@ from prefdistill.data.table import (
     SPLITS,
     PromptGroup,
     Response,
-    add_responses,
+    add_drawn,
     assign_splits,
     group_pairs,
     in_split,
@@ -178,7 +178,7 @@ def make_samples(run: Run) -> tuple[list[Path], str]:
             progress=tick,
         )
     for group, samples in zip(train, drawn, strict=True):
-        add_responses(
+        add_drawn(
             group,
             [Response(run.encoder.decode_response(s.ids), s.ids, s.finished, "reference") for s in samples],
         )
