@@ -132,7 +132,9 @@ def test_unlabelled_responses_join_without_pairs():
         group,
         [Response("x", (*ids("x"), EOS), source="reference"), Response("a", (*ids("a"), EOS), source="reference")],
     )
+    add_drawn(group, [Response("x", (*ids("x"), EOS), source="reference")])
     assert [(r.text, r.source) for r in group.responses] == [("a", "data"), ("b", "data"), ("x", "reference")]
+    assert [r.drawn for r in group.responses] == [1, 0, 2]
     assert group.pairs == [(0, 1)]
 
 

@@ -187,6 +187,8 @@ class Encoder:
     def prompt_ids(self, prompt: Text) -> EncodedPrompt:
         """Ids that the policy is given: at most one BOS, at the start, no end token; cut from the left if too long.
 
+        Special tokens that a chat template writes between turns, as Llama-2's does BOS and EOS, are left as they are.
+
         Raises:
             DataError: the prompt has no tokens at all, so that a response's first token has no predecessor.
         """
