@@ -151,8 +151,8 @@ def _print_summary(root: Any) -> None:
 
     path = root / "evaluation" / "summary.json"
     summary = json.loads(path.read_text(encoding="utf-8"))
-    table = Table(title=f"{summary['prompts']} held-out prompts, judged by {summary['judge']['name']}", box=SIMPLE)
-    for column in ("method", "advantage [95%]", "win rate [95%]", "KL", "tokens", "chosen logp"):
+    table = Table(title=f"{summary['prompts']} held-out prompts, judge: {summary['judge']['name']}", box=SIMPLE)
+    for column in ("method", "advantage\n[95%]", "win rate\n[95%]", "KL", "tokens", "chosen\nlogp"):
         table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
     for name, m in summary["methods"].items():
         table.add_row(

@@ -12,6 +12,7 @@ from typing import Any
 from prefdistill.atomic import write_text
 from prefdistill.config import RunConfig
 from prefdistill.data.formats import Pair
+from prefdistill.data.table import TABLE_FORMAT
 from prefdistill.errors import ConfigError
 from prefdistill.evaluation.judges import is_oracle, load_oracle
 from prefdistill.manifest import Manifest, StageRecord, file_fingerprint, fingerprint_of
@@ -104,7 +105,7 @@ def plan(job: Run, manifest: Manifest, pairs: list[Pair], bad: list[dict[str, An
         Stage(
             "data",
             f"reading, encoding and splitting {config.data}",
-            [asdict(config.dataset), source, tokens, config.seed, config.evaluate.judge == "heldout"],
+            [TABLE_FORMAT, asdict(config.dataset), source, tokens, config.seed, config.evaluate.judge == "heldout"],
             (),
             0.1,
             lambda _: prepare.make_data(job, pairs, bad),

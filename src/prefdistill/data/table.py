@@ -24,6 +24,7 @@ from prefdistill.data.tokenise import Encoder
 from prefdistill.data.tree import Tree
 from prefdistill.errors import DataError
 
+TABLE_FORMAT = 1  # of the files of `write_groups`; a change makes those of earlier versions stale
 SPLITS = ("train", "validation", "judge", "test")
 
 
