@@ -151,6 +151,11 @@ def main() -> None:
                     "split": place,
                 }
             )
+    # Two docstrings can be clipped to one prompt; the first keeps it, or it would stand in two splits.
+    owner: dict[str, str] = {}
+    for row in rows:
+        owner.setdefault(json.dumps(row["prompt"]), row["name"])
+    rows = [row for row in rows if owner[json.dumps(row["prompt"])] == row["name"]]
     provenance = {
         "text": f"docstrings of the standard library of Python {platform.python_version()}, PSF License Agreement",
         "responses": f"drawn from {EMBEDDED_MODEL} (Apache-2.0) with the adapter beside this file, temperature 1",
@@ -158,7 +163,7 @@ def main() -> None:
         "command": " ".join(["python", "scripts/make_embedded.py", *sys.argv[1:]]),
         "seed": args.seed,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "prompts": len(prompts),
+        "prompts": len(owner),
         "pairs": len(rows),
         "labels_agree_with_oracle": round(statistics.mean(agree), 4),
         "oracle_mean": round(statistics.mean(scores), 3),

@@ -37,4 +37,4 @@ def load_oracle(name: str) -> Oracle:
 def describe(oracle: Oracle) -> str:
     """The first line of the oracle's own documentation."""
     text = (oracle.__doc__ or "").strip()
-    return text.splitlines()[0] if text else "a function given by the user"
+    return text.splitlines()[0].rstrip(".") if text else "a function given by the user"
