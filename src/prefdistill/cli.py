@@ -133,6 +133,7 @@ def _short(error: Exception) -> str:
 def _quiet() -> None:
     """Leaves the terminal to the stages: libraries' bars and advice go away, warnings of ours stay."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     logging.basicConfig(format="    warning: %(message)s", level=logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|transformers|peft|accelerate")

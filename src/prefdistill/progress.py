@@ -42,7 +42,7 @@ def on_terminal(total: int, unit: str) -> Iterator[Tick]:
                 nonlocal done
                 done += amount
                 rate = done / max(time.monotonic() - began, 1e-9)
-                bars.update(task, advance=amount, rate=f"{rate:.0f} {unit}/s")
+                bars.update(task, advance=amount, rate=rate_text(rate, unit))
 
             yield tick
         return
@@ -57,6 +57,16 @@ def on_terminal(total: int, unit: str) -> Iterator[Tick]:
             last = now
             rate = done / (now - began)
             left = (total - done) / rate
-            print(f"    {done}/{total} {unit}, {rate:.0f} {unit}/s, {left:.0f} s left", file=sys.stderr, flush=True)
+            said = f"    {done}/{total} {unit}, {rate_text(rate, unit)}, {left:.0f} s left"
+            print(said, file=sys.stderr, flush=True)
 
     yield line
+
+
+def rate_text(rate: float, unit: str) -> str:
+    """A rate that a person can read: 850 tokens/s, 2.5 prompts/s, or 4.0 s for one of the slow ones."""
+    if rate >= 10:
+        return f"{rate:.0f} {unit}/s"
+    if rate >= 1:
+        return f"{rate:.1f} {unit}/s"
+    return f"{1 / rate:.1f} s each" if rate > 0 else ""
