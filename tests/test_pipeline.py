@@ -225,6 +225,8 @@ def test_bad_rows_can_be_dropped(tmp_path, model_folder):
         (["--distill.beta", "0"], ["distill.beta"]),
         (["--reward.hold", "x"], ["reward.hold", "lora"]),
         (["--distill.bata", "1"], ["bata"]),
+        (["--distill.per_method", "{dpo: {bata: 1}}"], ["per_method.dpo", "bata"]),
+        (["--distill.per_method", "{dpo: {beta: -1}}"], ["per_method.dpo", "distill.beta"]),
         (["--dataset.test_fraction", "0.9"], ["fraction"]),
         (["--evaluate.judge", "nowhere:f", "--data", "DATA"], ["nowhere"]),
         (["missing.yaml"], ["missing.yaml"]),
@@ -251,3 +253,11 @@ def test_yaml_and_flags_are_one(tmp_path):
 def test_config_check_names_the_option():
     with pytest.raises(ConfigError, match=r"reward\.rho"):
         parse("run", ["--reward.resample", "length-bias"]).check()
+
+
+def test_a_method_can_have_options_of_its_own():
+    config = parse("run", ["--distill.beta=0.2", "--distill.per_method", "{dpo: {learning_rate: 0.5}}"])
+    config.check()
+    assert config.distill.of("dpo").learning_rate == 0.5
+    assert config.distill.of("dpo").beta == 0.2
+    assert config.distill.of("e-dpo").learning_rate is None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +154,8 @@ class DistillOptions:
         logging_steps: steps between lines of the history.
         save_steps: steps between checkpoints, from which a stopped run goes on.
         training_arguments: anything else of transformers.TrainingArguments, by name.
+        per_method: options of this section that differ for a method, e.g. {dpo: {learning_rate: 2.0e-4}}: what suits
+            one loss can ruin another.
     """
 
     beta: float = 0.1
@@ -171,6 +173,11 @@ class DistillOptions:
     logging_steps: int = 5
     save_steps: int = 50
     training_arguments: dict[str, Any] = field(default_factory=dict)
+    per_method: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def of(self, method: str) -> DistillOptions:
+        """The options of one method, its own put in."""
+        return replace(self, per_method={}, **self.per_method.get(method, {}))
 
 
 @dataclass
@@ -259,6 +266,14 @@ class RunConfig:
 
     def check(self) -> None:
         """Raises ConfigError, naming the option, for values that no run can use."""
+        self._check_values()
+        for method, own in self.distill.per_method.items():
+            try:
+                replace(self, distill=self.distill.of(method))._check_values()
+            except ConfigError as error:
+                raise ConfigError(f"distill.per_method.{method} {own}: {error}") from error
+
+    def _check_values(self) -> None:
         if not self.methods:
             raise ConfigError("methods is empty; name at least one, e.g. methods: [dpo, e-dpo]")
         if len(set(self.methods)) < len(self.methods):
@@ -313,6 +328,12 @@ class RunConfig:
                 raise ConfigError(f"{name} is {value}; it must be positive")
         if self.distill.kl_alpha < 0:
             raise ConfigError(f"distill.kl_alpha is {self.distill.kl_alpha}; it must not be negative")
+        known = {f.name for f in fields(DistillOptions)} - {"per_method"}
+        for method, own in self.distill.per_method.items():
+            method_named(method)
+            for name in own:
+                if name not in known:
+                    raise ConfigError(f"distill.per_method.{method} has an unknown option {name!r}")
         if self.reward.hold == "head" and self.reward.models:
             raise ConfigError("reward.models needs hold: lora or full; heads stand on the reference's features")
         if self.reward.resample == "length-bias" and not self.reward.rho:

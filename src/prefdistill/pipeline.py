@@ -202,9 +202,9 @@ def _distillation(job: Run, method: str, common: dict[str, Any]) -> Stage:
     return Stage(
         f"distill:{method}",
         f"training the policy with {method}",
-        [method, asdict(job.config.distill), common],
+        [method, asdict(job.config.distill.of(method)), common],
         ("reference", "score") if needs else ("reference",),
-        TRAIN_PASSES * job.config.distill.epochs,
+        TRAIN_PASSES * job.config.distill.of(method).epochs,
         lambda fingerprint: distill.train_policy(job, method, fingerprint),
     )
 

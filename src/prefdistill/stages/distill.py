@@ -50,7 +50,7 @@ def _from_reference(run: Run, group: PromptGroup) -> list[int]:
 
 
 def train_policy(run: Run, method: str, fingerprint: str) -> tuple[list[Path], str]:
-    options = run.config.distill
+    options = run.config.distill.of(method)
     folder = run.policy_path(method)
     work = run.work_path(f"distill-{method}", fingerprint)
     examples = examples_of(run, "train", rewards=METHODS[method].needs_rewards)
