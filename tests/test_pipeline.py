@@ -14,7 +14,7 @@ import transformers
 
 from prefdistill import RunConfig, pipeline
 from prefdistill.cli import main, parse
-from prefdistill.errors import ConfigError
+from prefdistill.errors import ConfigError, DataError
 from prefdistill.stages import distill as distill_stage
 from tiny_models import tiny
 from tiny_tokenizers import gpt2
@@ -261,3 +261,11 @@ def test_a_method_can_have_options_of_its_own():
     assert config.distill.of("dpo").learning_rate == 0.5
     assert config.distill.of("dpo").beta == 0.2
     assert config.distill.of("e-dpo").learning_rate is None
+
+
+def test_data_too_few_for_the_splits_write_nothing(tmp_path, model_folder):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(rows(1)[0]), encoding="utf-8")
+    with pytest.raises(DataError, match="too few"):
+        pipeline.run(small(path, model_folder, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

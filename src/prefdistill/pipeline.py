@@ -11,7 +11,6 @@ from typing import Any
 
 from prefdistill.atomic import write_text
 from prefdistill.config import RunConfig
-from prefdistill.data.formats import Pair
 from prefdistill.data.table import TABLE_FORMAT
 from prefdistill.errors import ConfigError
 from prefdistill.evaluation.judges import is_oracle, load_oracle
@@ -66,8 +65,9 @@ def run(config: RunConfig, *, until: str | None = None) -> Path:
         load_oracle(config.evaluate.judge)
     pairs, bad = prepare.read_pairs(job)
     source = _data_fingerprint(config, job)
+    groups, dropped = prepare.encode_pairs(job, pairs)
     manifest = Manifest(job.root)
-    stages = _up_to(plan(job, manifest, pairs, bad, source), until)
+    stages = _up_to(plan(job, manifest, lambda: prepare.make_data(job, groups, dropped, bad), source), until)
     config.write(job.root / "config.yaml")
     prints: dict[str, str] = {}
     todo = []
@@ -96,7 +96,7 @@ def run(config: RunConfig, *, until: str | None = None) -> Path:
     return job.root
 
 
-def plan(job: Run, manifest: Manifest, pairs: list[Pair], bad: list[dict[str, Any]], source: str) -> list[Stage]:
+def plan(job: Run, manifest: Manifest, make_data: Callable[[], Outcome], source: str) -> list[Stage]:
     """The stages of this run in order; each stage's options are all that its result hangs on."""
     config = job.config
     common = {"seed": config.seed, "precision": config.precision}
@@ -108,7 +108,7 @@ def plan(job: Run, manifest: Manifest, pairs: list[Pair], bad: list[dict[str, An
             [TABLE_FORMAT, asdict(config.dataset), source, tokens, config.seed, config.evaluate.judge == "heldout"],
             (),
             0.1,
-            lambda _: prepare.make_data(job, pairs, bad),
+            lambda _: make_data(),
         )
     ]
     model = model_fingerprint(config.model)

@@ -49,19 +49,19 @@ def draw(run: Run, method: str) -> tuple[list[Path], str]:
     honest = options.temperature == 1 and options.top_p == 1
     model = load_policy(policy_of(run, method), trust_remote_code=run.config.trust_remote_code).to(run.device)
     streams: dict[str, list[list[Sample]]] = {}
-    wanted = [("samples", n, options.temperature, options.top_p)]
+    wanted = [("samples", n, options.temperature, options.top_p, run.config.seed)]
     if not honest:
         # KL is that of the policy itself, not of its sharpened self: it gets samples of its own.
-        wanted.append(("kl_samples", 1, 1.0, 1.0))
+        wanted.append(("kl_samples", 1, 1.0, 1.0, run.config.seed + 1))
     with run.progress(len(groups) * len(wanted), "prompts") as tick:
-        for name, count, temperature, top_p in wanted:
+        for name, count, temperature, top_p, seed in wanted:
             streams[name] = sample(
                 model,
                 [g.ids for g in groups],
                 n=count,
                 end_ids=run.encoder.end_ids,
                 # Methods share their random numbers: the same luck for both sides of a comparison.
-                options=SamplingOptions(options.max_new_tokens, temperature, top_p, run.config.seed + len(name)),
+                options=SamplingOptions(options.max_new_tokens, temperature, top_p, seed),
                 precision=run.precision,
                 token_budget=SAMPLE_BUDGET * run.config.score.token_budget,
                 progress=tick,

@@ -15,6 +15,7 @@ from prefdistill.config import EMBEDDED_DATA
 from prefdistill.data.formats import Pair, load_pairs
 from prefdistill.data.table import (
     SPLITS,
+    Dropped,
     PromptGroup,
     Response,
     add_drawn,
@@ -29,7 +30,7 @@ from prefdistill.errors import DataError
 from prefdistill.evaluation.sampling import SamplingOptions, sample
 from prefdistill.models.loading import add_lora, load_policy, save_model
 from prefdistill.stages.run import Run, last_checkpoint
-from prefdistill.training.callbacks import ProgressCallback
+from prefdistill.training.callbacks import ProgressCallback, quiet
 from prefdistill.training.sft import SFTTrainer
 
 EMBEDDED_PAIRS = Path(__file__).parent.parent / "embedded" / "docstring_pairs.parquet"
@@ -52,8 +53,12 @@ def read_pairs(run: Run) -> tuple[list[Pair], list[dict[str, Any]]]:
     return pairs, bad
 
 
-def make_data(run: Run, pairs: list[Pair], bad: list[dict[str, Any]]) -> tuple[list[Path], str]:
-    """data/prompts.parquet: encoded, split, grouped by prompt."""
+def encode_pairs(run: Run, pairs: list[Pair]) -> tuple[list[PromptGroup], Dropped]:
+    """The pairs encoded, split and grouped by prompt. Nothing is written.
+
+    Raises:
+        DataError: a row cannot be encoded, or a split that the run needs has no prompt.
+    """
     options = run.config.dataset
     fractions = {"test": options.test_fraction, "validation": options.validation_fraction}
     if run.config.evaluate.judge == "heldout":
@@ -61,15 +66,26 @@ def make_data(run: Run, pairs: list[Pair], bad: list[dict[str, Any]]) -> tuple[l
     splits = assign_splits(pairs, fractions, run.config.seed)
     groups, dropped = group_pairs(pairs, run.encoder, splits=splits)
     groups = _at_most(groups, {s: getattr(options, f"max_{s}_prompts", None) for s in SPLITS})
-    counts = {s: len(in_split(groups, s)) for s in SPLITS}
-    needed = ["train", "validation", "test", *(["judge"] if run.config.evaluate.judge == "heldout" else [])]
-    for name in needed:
+    counts = _counts(groups)
+    for name in ("train", *fractions):
         if not counts[name]:
             raise DataError(
                 f"{run.config.data}: no prompt is left in the split {name!r} (prompts: {counts}; pairs left out as too "
                 f"long: {dropped.pairs_too_long}); give more data, a larger dataset.{name}_fraction or "
                 "dataset.max_response_tokens"
             )
+    return groups, dropped
+
+
+def _counts(groups: list[PromptGroup]) -> dict[str, int]:
+    return {s: len(in_split(groups, s)) for s in SPLITS}
+
+
+def make_data(
+    run: Run, groups: list[PromptGroup], dropped: Dropped, bad: list[dict[str, Any]]
+) -> tuple[list[Path], str]:
+    """data/prompts.parquet and what was left out."""
+    counts = _counts(groups)
     write_groups(run.groups_path, groups)
     said = (
         f"{sum(len(g.pairs) for g in groups)} pairs over {len(groups)} prompts ("
@@ -128,7 +144,7 @@ def make_start(run: Run, fingerprint: str) -> tuple[list[Path], str]:
         logging_steps=10,
         warmup_steps=5,
     )
-    trainer = SFTTrainer(policy, arguments, trees=trees, callbacks=[ProgressCallback(run.progress)])
+    trainer = quiet(SFTTrainer(policy, arguments, trees=trees, callbacks=[ProgressCallback(run.progress)]))
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     history = [h["token_nll"] for h in trainer.state.log_history if "token_nll" in h]
     save_model(policy, run.tokenizer, run.start_path)
