@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from prefdistill.atomic import write_text
 from prefdistill.config import RunConfig
 from prefdistill.data.table import TABLE_FORMAT
 from prefdistill.errors import ConfigError
@@ -263,8 +262,3 @@ def _minutes(seconds: float) -> str:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def write_example(path: Path) -> None:
-    """A YAML with every option at its default, to start from."""
-    write_text(path, RunConfig().as_yaml())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ from prefdistill.evaluation.diagnosis import disagreement, member_figures, warni
 from prefdistill.evaluation.judges import describe, is_oracle, load_oracle
 from prefdistill.evaluation.sampling import Sample, SamplingOptions, sample
 from prefdistill.models.loading import load_policy
-from prefdistill.scoring import Column, fill_columns, logps_forward, model_fingerprint, rewards_forward
-from prefdistill.stages.members import encoder_of, load_reward_model, member_folders, member_rewards
+from prefdistill.scoring import Column, fill_columns, logps_forward, model_fingerprint
+from prefdistill.stages.members import encoder_of, fill_rewards, member_folders, member_rewards
 from prefdistill.stages.run import Run
 
 VERSION = 1
@@ -114,16 +113,7 @@ def _judge(
         trees.append(Tree(prompt, distinct))
         index.append([distinct.index(i) for i in known])
     column = run.column(f"judge-{who}", model_fingerprint(folder, run.precision))
-    fill_columns(
-        {"rewards": column},
-        trees,
-        partial(load_reward_model, run, folder),
-        rewards_forward,
-        token_budget=run.config.score.token_budget,
-        precision=run.precision,
-        pool=True,
-        progress=run.progress,
-    )
+    fill_rewards(run, column, folder, trees)
     return np.stack([column.of(t)[i] for t, i in zip(trees, index, strict=True)])
 
 

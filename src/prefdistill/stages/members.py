@@ -7,7 +7,6 @@ import itertools
 import json
 import shutil
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -316,16 +315,7 @@ def make_rewards(run: Run) -> tuple[list[Path], str]:
             computed += _rewards_from_features(run, column, folder, trees)
             continue
         run.say(f"rewards of {folder}")
-        computed += fill_columns(
-            {"rewards": column},
-            trees,
-            partial(load_reward_model, run, folder),
-            rewards_forward,
-            token_budget=run.config.score.token_budget,
-            precision=run.precision,
-            pool=True,
-            progress=run.progress,
-        )
+        computed += fill_rewards(run, column, folder, trees)
     scored = run.root / "data" / "scored.parquet"
     logps = reference_columns(run)["logps"]
     write_scored(scored, groups, [logps.of(g.tree) for g in groups], member_rewards(run, groups))
@@ -333,8 +323,18 @@ def make_rewards(run: Run) -> tuple[list[Path], str]:
     return [*_files(columns), scored], said
 
 
-def load_reward_model(run: Run, folder: str) -> torch.nn.Module:
-    return load_classifier(folder, trust_remote_code=run.config.trust_remote_code).to(run.device)
+def fill_rewards(run: Run, column: Column, folder: str, trees: Sequence[Tree]) -> int:
+    """Rewards of a classifier, a member or a judge, for what the column lacks; returns how many were computed."""
+    return fill_columns(
+        {"rewards": column},
+        trees,
+        lambda: load_classifier(folder, trust_remote_code=run.config.trust_remote_code).to(run.device),
+        rewards_forward,
+        token_budget=run.config.score.token_budget,
+        precision=run.precision,
+        pool=True,
+        progress=run.progress,
+    )
 
 
 def _rewards_from_features(run: Run, column: Column, folder: str, trees: Sequence[Tree]) -> int:

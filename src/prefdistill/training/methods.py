@@ -11,8 +11,6 @@ from torch import Tensor
 from prefdistill import losses
 from prefdistill.errors import ConfigError
 
-LossType = Literal["dpo", "cdpo", "robust_dpo", "ipo", "d_dpo", "e_dpo", "rpo_sq", "rpo_fwd_kl", "rpo_bwd_kl"]
-
 
 @dataclass(frozen=True)
 class Method:
