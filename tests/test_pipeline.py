@@ -269,3 +269,44 @@ def test_data_too_few_for_the_splits_write_nothing(tmp_path, model_folder):
     with pytest.raises(DataError, match="too few"):
         pipeline.run(small(path, model_folder, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_tuning_reads_the_validation_split(data, model_folder, tmp_path):
+    """What is chosen on the test prompts says nothing of them: evaluate.split keeps them out of sight."""
+    out = tmp_path / "run"
+    config = small(data, model_folder, out, methods="[dpo]", **{"evaluate.split": "validation"})
+    pipeline.run(config)
+    counts = json.loads((out / "data" / "data.json").read_text())["prompts"]
+    summary = json.loads((out / "evaluation" / "summary.json").read_text())
+    assert summary["split"] == "validation"
+    assert summary["prompts"] == counts["validation"] != counts["test"]
+
+
+def test_members_as_adapters(data, model_folder, tmp_path):
+    """Small folders on one base, the same rewards, and usable as ready reward models of another run."""
+    rewards = {}
+    for adapters in (False, True):
+        out = tmp_path / f"run-{adapters}"
+        lora = {"reward.hold": "lora", "reward.lora_rank": 2, "reward.members": 2, "reward.learning_rate": 0.01}
+        config = small(data, model_folder, out, methods="[d-dpo]", **lora, **{"reward.adapters": str(adapters).lower()})
+        pipeline.run(config, until="score")
+        rewards[adapters] = pq.read_table(out / "data" / "scored.parquet").to_pydict()
+        assert (out / "reward" / "member-0" / "adapter_config.json").exists() == adapters
+        assert (out / "reward" / "member-0" / "model.safetensors").exists() != adapters
+    columns = [c for c in rewards[True] if "reward" in c]
+    assert columns
+    for column in columns:
+        torch.testing.assert_close(
+            torch.tensor(rewards[True][column]), torch.tensor(rewards[False][column]), atol=1e-5, rtol=1e-4
+        )
+    member = tmp_path / "run-True" / "reward" / "member-0"
+    second = small(
+        data,
+        model_folder,
+        tmp_path / "second",
+        methods="[d-dpo]",
+        **{"reward.members": 0, "reward.pretrained": f"[{member}]"},
+    )
+    pipeline.run(second, until="score")
+    found = pq.read_table(tmp_path / "second" / "data" / "scored.parquet").to_pydict()
+    assert sum(len(v) for c, v in found.items() if "reward" in c) > 0

@@ -18,7 +18,15 @@ from transformers import TrainingArguments
 import plain
 from prefdistill.data.tree import Tree
 from prefdistill.models.forward import TreeModel
-from prefdistill.models.loading import add_lora, load_classifier, new_classifier, save_head, save_model
+from prefdistill.models.loading import (
+    add_lora,
+    load_classifier,
+    new_classifier,
+    save_adapter,
+    save_head,
+    save_model,
+)
+from prefdistill.scoring import model_fingerprint
 from prefdistill.training.reward import (
     L2_GRID,
     MAX_SCALE,
@@ -212,6 +220,70 @@ def test_a_saved_folder_lacks_nothing(tmp_path):
     _, info = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "m", output_loading_info=True)
     assert not any(info.values())
     assert isinstance(load_classifier(str(tmp_path / "m")).score, torch.nn.Linear)
+
+
+ADAPTER_READER = """
+import json, sys, torch, transformers, peft
+folder, sequences = json.load(sys.stdin)
+model = peft.AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1).eval()
+with torch.no_grad():
+    print(json.dumps([float(model(input_ids=torch.tensor([s])).logits[0, 0]) for s in sequences]))
+"""
+
+
+def test_a_saved_adapter_gives_the_same_rewards(tmp_path):
+    """To prefdistill from a folder that was moved, and to PEFT alone in another process."""
+    tokenizer = letters_tokenizer()
+    tiny("llama", num_hidden_layers=2, pad_token_id=2).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    transformers.set_seed(0)
+    pad = distinct_pad_id(tokenizer, [2, 5])
+    model = add_lora(new_classifier(str(tmp_path / "base"), pad), rank=4, task="SEQ_CLS")
+    RewardTrainer(model, arguments(tmp_path / "work", max_steps=4, learning_rate=1e-2), examples=EXAMPLES).train()
+    scale_head(model, 2.5)
+    model.eval()
+    with torch.no_grad():
+        tree_model = TreeModel(model)
+        expected = tree_model.rewards(tree_model.collate(TREES, pool_pad_id=pad)).tolist()
+    assert np.ptp(expected) > 0.3
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+    save_adapter(model, tokenizer, tmp_path / "here", str(tmp_path / "base"))
+    folder = (tmp_path / "here").rename(tmp_path / "there")
+    assert not list(folder.glob("model*.safetensors"))
+    loaded = load_classifier(str(folder)).eval()
+    assert loaded.config.pad_token_id == pad != 2
+    with torch.no_grad():
+        tree_model = TreeModel(loaded)
+        found = tree_model.rewards(tree_model.collate(TREES, pool_pad_id=loaded.config.pad_token_id)).tolist()
+    np.testing.assert_allclose(found, expected, atol=1e-5, rtol=1e-4)
+    sequences = [list(t.prompt_ids + r) for t in TREES for r in t.responses]
+    # The base's pad token is its end token: PEFT alone reads one token too early where that ends a response.
+    sequences_and_pad = [[*s[:-1], s[-1] if s[-1] != 2 else 6] for s in sequences]
+    read = subprocess.run(
+        [sys.executable, "-c", ADAPTER_READER],
+        input=json.dumps([str(folder), sequences_and_pad]),
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    with torch.no_grad():
+        truth = [float(loaded(input_ids=torch.tensor([s])).logits[0, 0]) for s in sequences_and_pad]
+    np.testing.assert_allclose(json.loads(read.stdout), truth, atol=1e-5, rtol=1e-4)
+
+
+def test_an_adapters_fingerprint_covers_its_base(tmp_path):
+    base = classifier()
+    base.save_pretrained(tmp_path / "base")
+    model = add_lora(base, rank=2, task="SEQ_CLS")
+    save_adapter(model, letters_tokenizer(), tmp_path / "adapter", str(tmp_path / "base"))
+    before = model_fingerprint(str(tmp_path / "adapter"))
+    assert before == model_fingerprint(str(tmp_path / "adapter"))
+    with torch.no_grad():
+        changed = classifier()
+        changed.score.weight.add_(1)
+    changed.save_pretrained(tmp_path / "base")
+    assert model_fingerprint(str(tmp_path / "adapter")) != before
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -103,6 +103,8 @@ class RewardOptions:
         learning_rate: null: 2e-4 with lora, 1e-5 with full.
         batch_prompts: prompts a step.
         lora_rank: rank of lora members.
+        adapters: save lora members as PEFT adapters with their heads, a few megabytes each on one base, instead of
+            whole models.
         l2: penalty of heads (null: by cross-validation over prompts).
     """
 
@@ -117,6 +119,7 @@ class RewardOptions:
     learning_rate: float | None = None
     batch_prompts: int = 8
     lora_rank: int = 16
+    adapters: bool = False
     l2: float | None = None
 
 
@@ -185,6 +188,7 @@ class EvaluateOptions:
     """Comparison with the reference on held-out prompts.
 
     Attributes:
+        split: test, or validation while options are still being chosen: what was tuned on test prompts says nothing.
         judge: heldout (a reward model trained on pairs of its own, see dataset.judge_fraction), a folder or hub id of
             a sequence classifier with one label, or module:function of an oracle (rows, responses) -> scores.
         samples: responses a prompt from each policy.
@@ -196,6 +200,7 @@ class EvaluateOptions:
         shown: samples side by side in the report.
     """
 
+    split: str = "test"
     judge: str = "heldout"
     samples: int = 1
     max_new_tokens: int = 128
@@ -287,6 +292,7 @@ class RunConfig:
             ("reward.resample", self.reward.resample, RESAMPLES),
             ("distill.ensemble_over", self.distill.ensemble_over, ("pair", "batch")),
             ("distill.pairs", self.distill.pairs, ("labelled", "all")),
+            ("evaluate.split", self.evaluate.split, ("test", "validation")),
         ]
         for name, text, allowed in one_of:
             if text not in allowed:
@@ -336,6 +342,8 @@ class RunConfig:
                     raise ConfigError(f"distill.per_method.{method} has an unknown option {name!r}")
         if self.reward.hold == "head" and self.reward.models:
             raise ConfigError("reward.models needs hold: lora or full; heads stand on the reference's features")
+        if self.reward.adapters and self.reward.hold != "lora":
+            raise ConfigError(f"reward.adapters is for hold: lora; with hold: {self.reward.hold} there is no adapter")
         if self.reward.resample == "length-bias" and not self.reward.rho:
             raise ConfigError("reward.resample: length-bias needs reward.rho, e.g. [0.2, 0.5, 0.8]")
         if self.needs_rewards and self.reward.members + len(self.reward.pretrained) < 1:

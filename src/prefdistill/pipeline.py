@@ -213,7 +213,7 @@ def _drawing(job: Run, method: str, common: dict[str, Any]) -> Stage:
     return Stage(
         f"evaluate:{method}",
         f"sampling from {method} on held-out prompts",
-        [e.samples, e.max_new_tokens, e.temperature, e.top_p, common],
+        [e.split, e.samples, e.max_new_tokens, e.temperature, e.top_p, common],
         ("data", "reference" if method == "reference" else f"distill:{method}"),
         SAMPLE_PASSES * (2 if method == "reference" else 1) * 0.5,
         lambda _: evaluate.draw(job, method),

@@ -27,7 +27,14 @@ from prefdistill.data.table import response_key
 from prefdistill.data.tree import Tree, batches_by_tokens
 from prefdistill.errors import ConfigError, DataError
 from prefdistill.models.forward import TreeModel, device_of
-from prefdistill.models.loading import ADAPTER, EMBEDDED_MODEL, EMBEDDED_POLICY
+from prefdistill.models.loading import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    EMBEDDED_MODEL,
+    EMBEDDED_POLICY,
+    adapter_base,
+    is_adapter,
+)
 from prefdistill.models.precision import autocast
 from prefdistill.progress import Progress, silent
 
@@ -110,8 +117,10 @@ def model_fingerprint(folder_or_id: str, *parts: object) -> str:
     digest = hashlib.blake2b(digest_size=16)
     folder = Path(folder_or_id)
     if folder.is_dir():
+        if is_adapter(folder_or_id):
+            digest.update(model_fingerprint(adapter_base(folder_or_id)).encode())
         for file in sorted(folder.rglob("*")):
-            if file.suffix in (".safetensors", ".bin") or file.name in ("config.json", "adapter_config.json"):
+            if file.suffix in (".safetensors", ".bin") or file.name in ("config.json", ADAPTER_CONFIG):
                 digest.update(file.name.encode())
                 with file.open("rb") as opened:
                     digest.update(hashlib.file_digest(opened, "blake2b").digest())

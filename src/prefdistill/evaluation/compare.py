@@ -15,7 +15,7 @@ SIGNIFICANT = 0.05
 
 @dataclass(frozen=True)
 class Drawn:
-    """What is known of a policy's samples on the P test prompts, S a prompt.
+    """What is known of a policy's samples on P held-out prompts, S a prompt.
 
     Attributes:
         scores: [P, S] the judge's.
@@ -41,18 +41,19 @@ def compare(
 ) -> dict[str, Any]:
     """The figures of a method against the reference on the same prompts.
 
-    The advantage of a sample is its score less the mean score of the reference's samples of that prompt. A win is
-    counted between the s-th samples. Intervals resample whole prompts.
+    The advantage of a sample is its score less the mean score of all R samples of the reference of that prompt; for
+    wins it meets each of them. R may differ from the method's S. Intervals resample whole prompts.
 
     Args:
-        kl_policy_ref: [P, S] log pi(y|x) - log pi_ref(y|x) of samples of the policy at temperature 1.
-        kl_ref_policy: [P, S] log pi_ref(y|x) - log pi(y|x) of samples of the reference at temperature 1.
+        kl_policy_ref: [P, any] log pi(y|x) - log pi_ref(y|x) of samples of the policy at temperature 1.
+        kl_ref_policy: [P, any] log pi_ref(y|x) - log pi(y|x) of samples of the reference at temperature 1.
     """
     prompts, samples = method.scores.shape
     clusters = np.repeat(np.arange(prompts), samples)
     advantage = (method.scores - reference.scores.mean(1, keepdims=True)).ravel()
     longer = (method.lengths - reference.lengths.mean(1, keepdims=True)).ravel()
-    wins = statistics.win_rate((method.scores - reference.scores).ravel(), clusters, tie_margin, seed=seed)
+    meetings = method.scores[:, :, None] - reference.scores[:, None, :]
+    wins = statistics.win_rate(meetings.ravel(), np.repeat(np.arange(prompts), meetings[0].size), tie_margin, seed=seed)
     return {
         "advantage": statistics.cluster_mean(advantage, clusters, seed=seed).as_dict(),
         "advantage_equal_length": _at_equal_length(advantage, longer, clusters, seed),
@@ -83,7 +84,7 @@ def _kl(log_ratios: np.ndarray, seed: int) -> dict[str, Any]:
     return statistics.kl_estimate(log_ratios.ravel(), clusters, seed=seed).as_dict()
 
 
-def tests_between(scores: Mapping[str, np.ndarray], seed: int) -> list[dict[str, Any]]:
+def wald_tests(scores: Mapping[str, np.ndarray], seed: int) -> list[dict[str, Any]]:
     """Wald tests of each pair of methods on their mean score a prompt, [P, S] each, the same prompts."""
     out = []
     names = list(scores)
@@ -101,14 +102,14 @@ def verdict(primary: str, methods: Mapping[str, Mapping[str, Any]], tests: list[
     """A sentence: is the policy better than the one it started from, and is it better than DPO."""
     figures = methods[primary]
     mean, (low, high) = figures["advantage"]["mean"], figures["advantage"]["ci95"]
-    win = figures["win_rate"]
-    numbers = (
-        f"advantage {mean:+.2f} [{low:+.2f}, {high:+.2f}], win rate {win['mean']:.0%} "
-        f"[{win['ci95'][0]:.0%}, {win['ci95'][1]:.0%}]"
-    )
+    win, (fewest, most) = figures["win_rate"]["mean"], figures["win_rate"]["ci95"]
     if low is None or high is None:
-        said = f"Too few prompts to say whether {primary} differs from the starting policy by {judge}: {numbers}"
-    elif low > 0:
+        return (
+            f"Too few prompts to say whether {primary} differs from the starting policy by {judge}: advantage "
+            f"{mean:+.2f}, win rate {win:.0%}."
+        )
+    numbers = f"advantage {mean:+.2f} [{low:+.2f}, {high:+.2f}], win rate {win:.0%} [{fewest:.0%}, {most:.0%}]"
+    if low > 0:
         said = f"{primary} is better than the starting policy by {judge}: {numbers}"
     elif high < 0:
         said = f"{primary} is worse than the starting policy by {judge}: {numbers}"

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
 EMBEDDED_POLICY = "embedded"
+ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER = Path(__file__).parent.parent / "embedded" / "adapter"
 
 
@@ -30,6 +31,8 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     Raises:
         ConfigError: it cannot be found; the message says what to give instead.
     """
+    if is_adapter(name) and not (Path(name) / "tokenizer_config.json").exists():
+        name = adapter_base(name)
     if name in (EMBEDDED_MODEL, EMBEDDED_POLICY):
         folder, file = _embedded_gguf()
         return transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
@@ -51,7 +54,7 @@ def load_policy(name: str, *, trust_remote_code: bool = False) -> nn.Module:
         from peft import PeftModel
 
         return PeftModel.from_pretrained(_load_embedded(), str(ADAPTER)).merge_and_unload()
-    if (Path(name) / "adapter_config.json").exists():
+    if is_adapter(name):
         from peft import AutoPeftModelForCausalLM
 
         return AutoPeftModelForCausalLM.from_pretrained(name, dtype=torch.float32).merge_and_unload()
@@ -71,11 +74,14 @@ def load_classifier(name: str, *, trust_remote_code: bool = False) -> nn.Module:
         ConfigError: it cannot be found, or has another number of labels than one.
     """
     try:
-        if (Path(name) / "adapter_config.json").exists():
+        if is_adapter(name):
             from peft import AutoPeftModelForSequenceClassification
 
             model = AutoPeftModelForSequenceClassification.from_pretrained(name, num_labels=1, dtype=torch.float32)
             model = model.merge_and_unload()
+            # An adapter folder keeps no model configuration; where rewards are read hangs on the pad token.
+            pad = load_tokenizer(name, trust_remote_code=trust_remote_code).pad_token_id
+            model.config.pad_token_id = model.config.pad_token_id if pad is None else pad
         else:
             model = transformers.AutoModelForSequenceClassification.from_pretrained(
                 name, dtype=torch.float32, trust_remote_code=trust_remote_code
@@ -87,6 +93,15 @@ def load_classifier(name: str, *, trust_remote_code: bool = False) -> nn.Module:
             f"the reward model {name!r} has {model.config.num_labels} labels; a reward model must have exactly 1"
         )
     return model
+
+
+def is_adapter(name: str) -> bool:
+    return (Path(name) / ADAPTER_CONFIG).exists()
+
+
+def adapter_base(name: str) -> str:
+    """Folder or hub id of the model that a PEFT adapter folder stands on."""
+    return str(json.loads((Path(name) / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"])
 
 
 def _not_loaded(what: str, name: str, error: Exception) -> str:
@@ -145,6 +160,14 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     merged: Any = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
     with fresh_folder(folder) as beside:
         merged.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+
+
+def save_adapter(model: Any, tokenizer: Any, folder: Path, base: str) -> None:
+    """Writes a PEFT model's adapter and trained head, whole or not at all; it loads on `base`, a folder or hub id."""
+    model.peft_config["default"].base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
+    with fresh_folder(folder) as beside:
+        model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
 
 

@@ -12,7 +12,7 @@ import torch
 from prefdistill.atomic import write_json
 from prefdistill.data.table import PromptGroup, in_split, plain_text, response_lengths
 from prefdistill.data.tree import Tree
-from prefdistill.evaluation.compare import Drawn, compare, tests_between, verdict
+from prefdistill.evaluation.compare import Drawn, compare, verdict, wald_tests
 from prefdistill.evaluation.diagnosis import disagreement, member_figures, warnings_of
 from prefdistill.evaluation.judges import describe, is_oracle, load_oracle
 from prefdistill.evaluation.sampling import Sample, SamplingOptions, sample
@@ -33,17 +33,18 @@ def samples_path(run: Run, method: str) -> Path:
     return run.root / "evaluation" / "samples" / f"{method}.json"
 
 
-def test_groups(run: Run) -> list[PromptGroup]:
-    return in_split(run.groups, "test")
+def held_out_groups(run: Run) -> list[PromptGroup]:
+    """The prompts of evaluate.split: no policy and no member was trained on them."""
+    return in_split(run.groups, run.config.evaluate.split)
 
 
 def draw(run: Run, method: str) -> tuple[list[Path], str]:
-    """Samples of a policy on the test prompts, and its log-probs of what the comparison needs.
+    """Samples of a policy on the held-out prompts.
 
-    The reference draws twice as many: the second half is compared with the first as if it were a method, which shows
-    how much of a difference is chance.
+    The reference draws twice as many: every method is compared with all of them, and their second half with the first
+    as if it were a method, which shows how much of a difference is chance.
     """
-    options, groups = run.config.evaluate, test_groups(run)
+    options, groups = run.config.evaluate, held_out_groups(run)
     n = options.samples * (2 if method == "reference" else 1)
     honest = options.temperature == 1 and options.top_p == 1
     model = load_policy(policy_of(run, method), trust_remote_code=run.config.trust_remote_code).to(run.device)
@@ -159,46 +160,56 @@ def logps_of(run: Run, method: str, trees: list[Tree]) -> Column:
 
 
 def _tree_of(group: PromptGroup, *drawn: list[Sample]) -> Tree:
-    ids = [r.ids for r in group.responses] if group.pairs else []
-    return Tree(group.ids, tuple(dict.fromkeys([*ids, *(s.ids for d in drawn for s in d)])))
+    """The chosen responses and these samples: all that a policy must read to be compared."""
+    chosen = [group.responses[w].ids for w, _ in group.pairs]
+    return Tree(group.ids, tuple(dict.fromkeys([*chosen, *(s.ids for d in drawn for s in d)])))
 
 
-def figures_of(run: Run, method: str) -> tuple[dict[str, Any], np.ndarray]:
-    """A method's figures, and its scores [P, S]."""
-    options, groups, seed = run.config.evaluate, test_groups(run), run.config.seed
-    n = options.samples
-    reference = read_samples(run, "reference")
-    own = [d[n:] for d in reference] if method == "reference" else read_samples(run, method)
-    kl_own = own if method == "reference" else read_samples(run, method, "kl_samples")
-    kl_reference = read_samples(run, "reference", "kl_samples")
-    base = Drawn(
-        score_samples(run, groups, [d[:n] for d in reference], "reference"),
-        np.array([[len(s.ids) for s in d[:n]] for d in reference]),
-        0.0,
+def compare_all(run: Run) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarray]]:
+    """The figures of `reference` and of every method, and the scores [P, S] of their samples, the reference's 2n."""
+    groups, names = held_out_groups(run), ["reference", *run.config.methods]
+    training = [g for g in in_split(run.groups, "train") if g.pairs][: run.config.evaluate.chosen_prompts]
+    drawn = {m: read_samples(run, m) for m in names}
+    kl_drawn = {m: read_samples(run, m, "kl_samples") for m in names}
+    trees = {
+        m: [_tree_of(g, own, ref) for g, own, ref in zip(groups, kl_drawn[m], kl_drawn["reference"], strict=True)]
+        + [_tree_of(g) for g in training]
+        for m in names
+    }
+    start = logps_of(run, "reference", [t for m in names for t in trees[m]])
+    scores = {m: score_samples(run, groups, drawn[m], m) for m in names}
+    facts = {m: _drawn(drawn[m], scores[m]) for m in names}
+    n = run.config.evaluate.samples
+    figures = {}
+    for m in names:
+        policy = start if m == "reference" else logps_of(run, m, trees[m])
+        change = [dict(zip(t.responses, policy.of(t) - start.of(t), strict=True)) for t in trees[m]]
+        held_out, seen = change[: len(groups)], change[len(groups) :]
+        # The reference's own row is chance: the second half of its samples against the first.
+        own, base = (facts[m], facts["reference"])
+        if m == "reference":
+            own, base = (_drawn([d[h] for d in drawn[m]], scores[m][:, h]) for h in (slice(n, None), slice(n)))
+        figures[m] = compare(
+            own,
+            base,
+            kl_policy_ref=np.array([[c[s.ids] for s in d] for c, d in zip(held_out, kl_drawn[m], strict=True)]),
+            kl_ref_policy=np.array(
+                [[-c[s.ids] for s in d] for c, d in zip(held_out, kl_drawn["reference"], strict=True)]
+            ),
+            chosen_logp_change=_chosen(training, seen),
+            heldout_chosen_logp_change=_chosen(groups, held_out),
+            tie_margin=run.config.evaluate.tie_margin,
+            seed=run.config.seed,
+        )
+    return figures, scores
+
+
+def _drawn(samples: list[list[Sample]], scores: np.ndarray) -> Drawn:
+    return Drawn(
+        scores,
+        np.array([[len(s.ids) for s in d] for d in samples]),
+        float(np.mean([not s.finished for d in samples for s in d])),
     )
-    ours = Drawn(
-        score_samples(run, groups, own, method),
-        np.array([[len(s.ids) for s in d] for d in own]),
-        float(np.mean([not s.finished for d in own for s in d])),
-    )
-    trees = [_tree_of(g, a, b) for g, a, b in zip(groups, kl_own, kl_reference, strict=True)]
-    training = [g for g in in_split(run.groups, "train") if g.pairs][: options.chosen_prompts]
-    all_trees = [*trees, *(_tree_of(g) for g in training)]
-    policy = logps_of(run, method, all_trees)
-    start = logps_of(run, "reference", all_trees)
-    change = [dict(zip(t.responses, policy.of(t) - start.of(t), strict=True)) for t in all_trees]
-    held_out, seen = change[: len(trees)], change[len(trees) :]
-    figures = compare(
-        ours,
-        base,
-        kl_policy_ref=np.array([[c[s.ids] for s in d] for c, d in zip(held_out, kl_own, strict=True)]),
-        kl_ref_policy=np.array([[-c[s.ids] for s in d] for c, d in zip(held_out, kl_reference, strict=True)]),
-        chosen_logp_change=_chosen(training, seen),
-        heldout_chosen_logp_change=_chosen(groups, held_out),
-        tie_margin=options.tie_margin,
-        seed=seed,
-    )
-    return figures, ours.scores
 
 
 def _chosen(groups: list[PromptGroup], change: list[dict[tuple[int, ...], float]]) -> float:
@@ -210,10 +221,10 @@ def _chosen(groups: list[PromptGroup], change: list[dict[tuple[int, ...], float]
 
 
 def ensemble_facts(run: Run) -> dict[str, Any]:
-    """Held-out figures of every member and of their mean, on the test pairs; from columns alone."""
+    """Held-out figures of every member and of their mean, on the pairs of evaluate.split; from columns alone."""
     groups = run.groups
     rewards = member_rewards(run, groups)
-    test = [i for i, g in enumerate(groups) if g.split == "test"]
+    test = [i for i, g in enumerate(groups) if g.split == run.config.evaluate.split]
     lengths = [response_lengths(groups[i]) for i in test]
 
     def margins(member: list[np.ndarray]) -> np.ndarray:
@@ -251,13 +262,10 @@ def ensemble_facts(run: Run) -> dict[str, Any]:
 
 def summarise(run: Run) -> tuple[list[Path], str]:
     """evaluation/summary.json, ensemble.json and side_by_side.json."""
-    groups = test_groups(run)
-    methods: dict[str, Any] = {}
-    scores: dict[str, np.ndarray] = {}
-    for method in ["reference", *run.config.methods]:
-        methods[method], scores[method] = figures_of(run, method)
+    groups = held_out_groups(run)
+    methods, scores = compare_all(run)
     judge = judge_facts(run, groups)
-    tests = tests_between({m: scores[m] for m in run.config.methods}, run.config.seed)
+    tests = wald_tests({m: scores[m] for m in run.config.methods}, run.config.seed)
     ensemble = ensemble_facts(run) if run.config.needs_rewards else {}
     said = verdict(run.config.primary, methods, tests, "the oracle" if is_oracle(judge["name"]) else "the judge")
     folder = run.root / "evaluation"
@@ -267,6 +275,7 @@ def summarise(run: Run) -> tuple[list[Path], str]:
             "version": VERSION,
             "verdict": said,
             "prompts": len(groups),
+            "split": run.config.evaluate.split,
             "samples_per_prompt": run.config.evaluate.samples,
             "judge": judge,
             "methods": methods,
@@ -280,9 +289,8 @@ def summarise(run: Run) -> tuple[list[Path], str]:
 
 
 def side_by_side(run: Run, groups: list[PromptGroup], scores: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-    """The first sample of every policy on some test prompts, in the data's order: not the best, not chosen."""
+    """The first sample of every policy on some held-out prompts, in the data's order: not the best, not chosen."""
     drawn = {m: read_samples(run, m) for m in scores}
-    base = score_samples(run, groups, [d[: run.config.evaluate.samples] for d in drawn["reference"]], "reference")
     out = []
     for i, g in enumerate(groups[: run.config.evaluate.shown]):
         text = {m: run.encoder.decode_response(d[i][0].ids) for m, d in drawn.items()}
@@ -291,7 +299,7 @@ def side_by_side(run: Run, groups: list[PromptGroup], scores: dict[str, np.ndarr
                 "prompt": g.prompt if isinstance(g.prompt, str) else "\n\n".join(m["content"] for m in g.prompt),
                 "reference": text["reference"],
                 "responses": {m: text[m] for m in run.config.methods},
-                "scores": {"reference": float(base[i, 0]), **{m: float(scores[m][i, 0]) for m in run.config.methods}},
+                "scores": {m: float(scores[m][i, 0]) for m in scores},
             }
         )
     return out

@@ -25,6 +25,7 @@ from prefdistill.models.loading import (
     load_classifier,
     load_tokenizer,
     new_classifier,
+    save_adapter,
     save_head,
     save_model,
 )
@@ -191,7 +192,10 @@ def train_member(
         scale = _scale(run, margins)
         scale_head(model, scale)
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.pad_token_id)
-        save_model(model, tokenizer, folder)
+        if options.adapters:
+            save_adapter(model, tokenizer, folder, base)
+        else:
+            save_model(model, tokenizer, folder)
         shutil.rmtree(work, ignore_errors=True)
     return {**facts, "scale": scale}
 

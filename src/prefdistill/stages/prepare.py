@@ -125,24 +125,18 @@ def make_start(run: Run, fingerprint: str) -> tuple[list[Path], str]:
     lora = options.lora_rank > 0
     transformers.set_seed(run.config.seed)
     policy = add_lora(model, rank=options.lora_rank, task="CAUSAL_LM") if lora else model
-    # Precision is measured on the model itself, whose folder does not exist yet.
-    from prefdistill.models.precision import choose_precision
-
-    bf16 = choose_precision(run.config.precision, model.config, run.device) == "bfloat16"
+    # Measured on the model itself, whose folder does not exist yet.
+    run.settle_precision(lambda: model.config)
     arguments = transformers.TrainingArguments(
-        output_dir=str(folder),
-        seed=run.config.seed,
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=run.device.type == "cpu",
-        bf16=bf16,
-        save_total_limit=1,
-        save_steps=50,
-        num_train_epochs=options.epochs,
-        per_device_train_batch_size=options.batch_prompts,
-        learning_rate=options.learning_rate or (2e-4 if lora else 2e-5),
-        logging_steps=10,
-        warmup_steps=5,
+        **run.training_arguments(
+            folder,
+            num_train_epochs=options.epochs,
+            per_device_train_batch_size=options.batch_prompts,
+            learning_rate=options.learning_rate or (2e-4 if lora else 2e-5),
+            logging_steps=10,
+            warmup_steps=5,
+            save_steps=50,
+        )
     )
     trainer = quiet(SFTTrainer(policy, arguments, trees=trees, callbacks=[ProgressCallback(run.progress)]))
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -127,14 +128,22 @@ class Run:
 
     @cached_property
     def precision(self) -> str:
-        """The arithmetic of this run; once measured it stays, or a busy minute would make every column stale."""
+        """The arithmetic of this run."""
+        return self.settle_precision(
+            lambda: transformers.AutoConfig.from_pretrained(
+                self.reference, trust_remote_code=self.config.trust_remote_code
+            )
+        )
+
+    def settle_precision(self, shape: Callable[[], Any]) -> str:
+        """The precision asked for, or the faster one for a model of this configuration.
+
+        Once measured it stays, or a busy minute would make every column stale.
+        """
         asked, kept = self.config.precision, self.root / "precision.json"
         if asked == "auto" and kept.exists():
             return str(json.loads(kept.read_text(encoding="utf-8"))["precision"])
-        config = transformers.AutoConfig.from_pretrained(
-            self.reference, trust_remote_code=self.config.trust_remote_code
-        )
-        chosen = choose_precision(asked, config, self.device)
+        chosen = choose_precision(asked, shape() if asked == "auto" else None, self.device)
         if asked == "auto":
             write_json(kept, {"precision": chosen})
             self.say(f"precision: {chosen} (the faster matrix product on this machine)")
