@@ -112,6 +112,7 @@ def by_hand(method: str, args: DistillConfig, examples, logps) -> dict[str, torc
         ],
     }[method]()
     kl = sum(samples) / len(samples)
+    scale = eta if method.startswith("rpo") else 1
     average = lambda values: sum(values) / len(values)  # noqa: E731
     return {
         "loss": average(per_pair) + (args.kl_alpha * kl if method in ("p-dpo", "dp-dpo", "e-dpo") else 0),
@@ -124,7 +125,7 @@ def by_hand(method: str, args: DistillConfig, examples, logps) -> dict[str, torc
         "logps/chosen_change": average([c for c, _, _, _ in labelled]),
         "logps/level_change": average(levels),
         "kl/forward": kl,
-        "distillation/error": average([(m - b * d) ** 2 for m, d in zip(mean, h, strict=True)]) ** 0.5,
+        "distillation/error": average([(scale * m - b * d) ** 2 for m, d in zip(mean, h, strict=True)]) ** 0.5,
         **{f"ensemble/member_{j}": average([float(i == j) for i in picked]) for j in range(k) if method == "e-dpo"},
     }
 

@@ -114,6 +114,15 @@ def test_what_is_left_out_or_cut_is_counted():
     assert groups[1].cut == len("longer ")
 
 
+def test_prompts_that_are_one_to_the_model_stand_in_one_split():
+    pairs = [pair("early prompt", "a", "b"), pair("other prompt", "b", "c"), pair("x", "a", "b")]
+    splits = {text_key("early prompt"): "test", text_key("other prompt"): "train", text_key("x"): "train"}
+    groups, _ = group_pairs(pairs, Encoder(TOKENIZER, max_prompt_tokens=6), splits=splits)
+    assert [(g.prompt, g.split, len(g.pairs)) for g in groups] == [("early prompt", "test", 2), ("x", "train", 1)]
+    whole, _ = group_pairs(pairs, Encoder(TOKENIZER, max_prompt_tokens=60), splits=splits)
+    assert [g.split for g in whole] == ["test", "train", "train"]
+
+
 def test_chat_and_text_of_the_same_words_are_two_prompts():
     groups, _ = grouped([pair("p", "a", "b"), pair(user("p"), assistant("a"), assistant("b"))])
     assert len(groups) == 2

@@ -100,19 +100,23 @@ def group_pairs(
 ) -> tuple[list[PromptGroup], Dropped]:
     """Pairs to prompt groups in the order of first appearance; pairs with a response too long are dropped, counted.
 
+    Prompts that are the same to the model, cut ones that differ only where they were cut, make one group in one split.
+
     Args:
         splits: prompt key (`text_key`) -> split.
     """
-    groups: dict[str, PromptGroup] = {}
+    groups: dict[tuple[bool, tuple[int, ...]], PromptGroup] = {}
+    group_of: dict[str, PromptGroup] = {}
     too_long = same = 0
     for pair in pairs:
         try:
             chosen = encoder.response_ids(pair.prompt, pair.chosen)
             rejected = encoder.response_ids(pair.prompt, pair.rejected)
             key = text_key(pair.prompt)
-            if key not in groups:
+            if key not in group_of:
                 encoded = encoder.prompt_ids(pair.prompt)
-                groups[key] = PromptGroup(pair.prompt, encoded.ids, splits[key], dict(pair.extra), encoded.cut)
+                new = PromptGroup(pair.prompt, encoded.ids, splits[key], dict(pair.extra), encoded.cut)
+                group_of[key] = groups.setdefault((isinstance(pair.prompt, str), encoded.ids), new)
         except DataError as error:
             raise DataError(f"{pair.where}: {error}") from error
         if chosen is None or rejected is None:
@@ -121,7 +125,7 @@ def group_pairs(
         if chosen == rejected:
             same += 1
             continue
-        group = groups[key]
+        group = group_of[key]
         group.pairs.append((group.place(Response(pair.chosen, chosen)), group.place(Response(pair.rejected, rejected))))
     kept = [g for g in groups.values() if g.pairs]
     return kept, Dropped(too_long, sum(g.cut > 0 for g in kept), same)

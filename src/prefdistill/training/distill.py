@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from prefdistill import losses
 from prefdistill.data.tree import Tree, TreeBatch
 from prefdistill.errors import ConfigError, DataError
-from prefdistill.training.methods import LossOptions, all_pairs, method_named, pair_losses
+from prefdistill.training.methods import LossOptions, all_pairs, method_named, pair_losses, target_margins
 from prefdistill.training.trees import TreeTrainer
 
 logger = logging.getLogger(__name__)
@@ -124,8 +124,8 @@ class DistillTrainer(TreeTrainer):
     """Trains a policy, which must start at pi_ref, on columns that scoring wrote.
 
     Metrics have TRL's names (rewards/chosen, rewards/rejected, rewards/margins, rewards/accuracies, logps/chosen,
-    logps/rejected), over labelled pairs, and: distillation/error (root mean square of the members' mean reward margin
-    less beta h, in reward units), ensemble/member_k (share of pairs for which e-DPO's min picks member k), kl/forward
+    logps/rejected), over labelled pairs, and: distillation/error (root mean square of the members' mean reward margin,
+    reward_scale put in, less beta h, in reward units), ensemble/member_k (share of pairs for which e-DPO's min picks member k), kl/forward
     (estimate of KL(pi_ref || pi_theta)), logps/chosen_change and logps/level_change (mean log-prob of chosen, and of
     all, responses less the reference's, which is the start's).
 
@@ -190,7 +190,8 @@ class DistillTrainer(TreeTrainer):
                 loss = loss + self.kl_alpha * kl
         self._record_levels(policy.detach(), inputs)
         if margins is not None:
-            error = (margins.mean(0) - self.loss_options.beta * h.detach()).square().mean().sqrt()
+            target = target_margins(self.method.loss, margins, self.loss_options)
+            error = (target - self.loss_options.beta * h.detach()).square().mean().sqrt()
             self.record(**{"distillation/error": error})
         if member is not None and margins is not None:
             share = torch.bincount(member, minlength=len(margins)) / len(member)

@@ -92,5 +92,11 @@ def pair_losses(
     return reward_aware[loss](h, mean, beta=options.beta, reward_scale=options.reward_scale), None
 
 
+def target_margins(loss: str, reward_margins: Tensor, options: LossOptions) -> Tensor:
+    """The margins [P] that beta h is drawn to without pessimism: the members' mean of [K, P], scaled as in the loss."""
+    scale = options.reward_scale if loss.startswith("rpo_") else 1.0
+    return scale * reward_margins.mean(0)
+
+
 def all_pairs(responses: int) -> list[tuple[int, int]]:
     return [tuple(p) for p in torch.combinations(torch.arange(responses), 2).tolist()]
