@@ -259,6 +259,7 @@ def test_gradcheck_of_margin_and_forward_kl():
     logps = [tensor(some_pairs(5, seed=5 + i)[0], grad=True) for i in range(4)]
     assert torch.autograd.gradcheck(implicit_margin, tuple(logps))
     assert torch.autograd.gradcheck(forward_kl, tuple(logps[:2]))
+    assert torch.autograd.gradcheck(lambda p, q: forward_kl(p, q, estimator="control-variate"), tuple(logps[:2]))
 
 
 def test_margin_gradient_signs():
@@ -451,6 +452,44 @@ def test_forward_kl_gradient_is_that_of_maximum_likelihood():
     (expected,) = torch.autograd.grad(-policy.mean(), policy)
     assert torch.equal(got, expected)
     assert forward_kl(reference, reference).tolist() == [0.0, 0.0, 0.0]
+
+
+@PROPERTY
+@given(st.lists(st.floats(-0.3, 0.3), min_size=5, max_size=5), st.lists(st.floats(-3, 3), min_size=5, max_size=5))
+def test_the_control_variate_changes_neither_the_kl_nor_its_gradient(step, reference):
+    """Summed exactly over a world of five responses; ratios stay below the cut."""
+    logits = (tensor(reference) + tensor(step)).requires_grad_()
+    reference_logps = tensor(reference).log_softmax(0)
+    found = {}
+    for estimator in ("plain", "control-variate"):
+        samples = forward_kl(logits.log_softmax(0), reference_logps, estimator=estimator)
+        kl = (reference_logps.exp() * samples).sum()
+        found[estimator] = kl.item(), torch.autograd.grad(kl, logits)[0]
+    assert found["plain"][0] == pytest.approx(found["control-variate"][0], abs=1e-12)
+    torch.testing.assert_close(found["plain"][1], found["control-variate"][1], atol=1e-12, rtol=1e-9)
+
+
+@PROPERTY
+@given(st.lists(st.floats(-8, 8), min_size=4, max_size=4), st.lists(st.floats(-8, 8), min_size=4, max_size=4))
+def test_the_cut_control_variate_is_a_lower_bound_and_never_negative(policy, reference):
+    policy_logps, reference_logps = tensor(policy).log_softmax(0), tensor(reference).log_softmax(0)
+    samples = forward_kl(policy_logps, reference_logps, estimator="control-variate")
+    assert (samples >= -1e-12).all()
+    share = reference_logps.exp()
+    assert (share * samples).sum() <= (share * forward_kl(policy_logps, reference_logps)).sum() + 1e-12
+
+
+def test_the_control_variates_gradient_is_bounded_and_zero_at_the_reference():
+    policy, reference = tensor([-3.0, -50.0, -1.0, -2.5, -9.0], grad=True), tensor([-3.0, -9.0, -40.0, -2.0, -9.4])
+    samples = forward_kl(policy, reference, estimator="control-variate")
+    (got,) = torch.autograd.grad(samples.sum(), policy)
+    expected = [0.0, math.exp(-41) - 1, 1.0, math.exp(-0.5) - 1, math.exp(0.4) - 1]
+    assert got.tolist() == pytest.approx(expected)
+    just_below, just_above = (math.log(2) + e for e in (-1e-9, 1e-9))
+    values = forward_kl(tensor([just_below, just_above]), tensor([0.0, 0.0]), estimator="control-variate")
+    assert values[0] == pytest.approx(values[1].item(), abs=1e-8)
+    with pytest.raises(ValueError, match="control-variate"):
+        forward_kl(reference, reference, estimator="k2")
 
 
 # Extreme margins

@@ -147,6 +147,7 @@ class DistillOptions:
         label_smoothing: of cdpo and robust-dpo.
         reward_scale: of the rpo methods.
         kl_alpha: weight of KL(reference || policy) in p-dpo, dp-dpo and e-dpo.
+        kl_estimator: of that term: plain (as in the paper) or control-variate (no gradient noise near the reference).
         ensemble_over: e-DPO's min for each pair or for the whole batch.
         pairs: labelled pairs, or all pairs of a prompt's responses (methods that distil rewards).
         epochs: passes over the training prompts.
@@ -166,6 +167,7 @@ class DistillOptions:
     label_smoothing: float = 0.1
     reward_scale: float = 1.0
     kl_alpha: float = 0.05
+    kl_estimator: str = "plain"
     ensemble_over: str = "pair"
     pairs: str = "all"
     epochs: float = 1.0
@@ -292,6 +294,7 @@ class RunConfig:
             ("reward.resample", self.reward.resample, RESAMPLES),
             ("distill.ensemble_over", self.distill.ensemble_over, ("pair", "batch")),
             ("distill.pairs", self.distill.pairs, ("labelled", "all")),
+            ("distill.kl_estimator", self.distill.kl_estimator, ("plain", "control-variate")),
             ("evaluate.split", self.evaluate.split, ("test", "validation")),
         ]
         for name, text, allowed in one_of:

@@ -69,6 +69,7 @@ def train_policy(run: Run, method: str, fingerprint: str) -> tuple[list[Path], s
             label_smoothing=options.label_smoothing,
             reward_scale=options.reward_scale,
             kl_alpha=options.kl_alpha,
+            kl_estimator=options.kl_estimator,
             ensemble_over=options.ensemble_over,
             pairs=options.pairs,
             num_train_epochs=options.epochs,

@@ -58,6 +58,7 @@ class DistillConfig(transformers.TrainingArguments):
         label_smoothing: of cDPO and robust DPO: the probability that a label is flipped.
         reward_scale: of reward-aware preference optimisation: factor on the explicit rewards.
         kl_alpha: weight of KL(pi_ref || pi_theta) in p-dpo, dp-dpo and e-dpo.
+        kl_estimator: "plain" or "control-variate", see `prefdistill.losses.forward_kl`.
         ensemble_over: e-DPO's min is taken for each "pair" or for the whole "batch".
         pairs: "labelled" pairs, or "all" pairs of a prompt's responses; "all" needs a loss of rewards, not of labels.
     """
@@ -68,6 +69,7 @@ class DistillConfig(transformers.TrainingArguments):
     label_smoothing: float = 0.1
     reward_scale: float = 1.0
     kl_alpha: float = 0.01
+    kl_estimator: str = "plain"
     ensemble_over: str = "pair"
     pairs: str = "all"
 
@@ -78,6 +80,8 @@ class DistillConfig(transformers.TrainingArguments):
             raise ConfigError(f"pairs is {self.pairs!r}; it must be labelled or all")
         if self.ensemble_over not in ("pair", "batch"):
             raise ConfigError(f"ensemble_over is {self.ensemble_over!r}; it must be pair or batch")
+        if self.kl_estimator not in ("plain", "control-variate"):
+            raise ConfigError(f"kl_estimator is {self.kl_estimator!r}; it must be plain or control-variate")
         if self.kl_alpha < 0:
             raise ConfigError(f"kl_alpha is {self.kl_alpha}; it must not be negative")
         if not method.needs_rewards:
@@ -125,9 +129,9 @@ class DistillTrainer(TreeTrainer):
 
     Metrics have TRL's names (rewards/chosen, rewards/rejected, rewards/margins, rewards/accuracies, logps/chosen,
     logps/rejected), over labelled pairs, and: distillation/error (root mean square of the members' mean reward margin,
-    reward_scale put in, less beta h, in reward units), ensemble/member_k (share of pairs for which e-DPO's min picks member k), kl/forward
-    (estimate of KL(pi_ref || pi_theta)), logps/chosen_change and logps/level_change (mean log-prob of chosen, and of
-    all, responses less the reference's, which is the start's).
+    reward_scale put in, less beta h, in reward units), ensemble/member_k (share of pairs for which e-DPO's min picks
+    member k), kl/forward (plain estimate of KL(pi_ref || pi_theta)), logps/chosen_change and logps/level_change (mean
+    log-prob of chosen, and of all, responses less the reference's, which is the start's).
 
     Raises:
         ConfigError: the method needs rewards, pairs or samples of pi_ref that the examples do not have, or they have
@@ -145,6 +149,7 @@ class DistillTrainer(TreeTrainer):
     ) -> None:
         self.method = method_named(args.method)
         self.loss_options = args.loss_options
+        self.kl_estimator: Any = args.kl_estimator
         self.kl_alpha = args.kl_alpha if self.method.forward_kl else 0.0
         self._warned = False
         kept = with_pairs(examples, args.pairs)
@@ -184,10 +189,10 @@ class DistillTrainer(TreeTrainer):
         loss = per_pair.mean()
         kl_samples = inputs["kl_samples"]
         if len(kl_samples):
-            kl = losses.forward_kl(policy[kl_samples], reference[kl_samples]).mean()
-            self.record(**{"kl/forward": kl})
+            sampled = policy[kl_samples], reference[kl_samples]
+            self.record(**{"kl/forward": losses.forward_kl(*sampled).mean()})
             if self.kl_alpha:
-                loss = loss + self.kl_alpha * kl
+                loss = loss + self.kl_alpha * losses.forward_kl(*sampled, estimator=self.kl_estimator).mean()
         self._record_levels(policy.detach(), inputs)
         if margins is not None:
             target = target_margins(self.method.loss, margins, self.loss_options)
