@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import warnings
+from importlib import import_module
 from typing import Any
 
 COMMANDS = {
@@ -17,6 +18,11 @@ COMMANDS = {
     "evaluate": "up to the comparison with the starting policy",
     "report": "up to the report",
     "config": "print a YAML with every option at its value",
+}
+
+# Commands that are no stage of a run: what they do, and the module whose `main` takes their flags.
+OTHERS = {
+    "theory": ("the paper's claims in a small exact world, as a page", "prefdistill.commands.theory"),
 }
 
 USAGE = """usage: prefdistill COMMAND [CONFIG.yaml] [--option value ...]
@@ -37,7 +43,8 @@ stopped goes on where it was.
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 an option or the data cannot be used, 130 interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    commands = "\n".join(f"  {name:<10} {does}" for name, does in COMMANDS.items())
+    all_commands = {**COMMANDS, **{name: does for name, (does, _) in OTHERS.items()}}
+    commands = "\n".join(f"  {name:<10} {does}" for name, does in all_commands.items())
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE.format(commands=commands))
         return 0
@@ -46,8 +53,8 @@ def main(argv: list[str] | None = None) -> int:
 
         print(version("prefdistill"))
         return 0
-    if argv[0] not in COMMANDS:
-        print(f"prefdistill: unknown command {argv[0]!r}; use one of {', '.join(COMMANDS)}", file=sys.stderr)
+    if argv[0] not in all_commands:
+        print(f"prefdistill: unknown command {argv[0]!r}; use one of {', '.join(all_commands)}", file=sys.stderr)
         return 2
     return _command(argv[0], argv[1:])
 
@@ -56,6 +63,8 @@ def _command(command: str, argv: list[str]) -> int:
     from prefdistill.errors import PrefdistillError
 
     try:
+        if command in OTHERS:
+            return int(import_module(OTHERS[command][1]).main(argv))
         config = parse(command, argv)
         if command == "config":
             config.check()

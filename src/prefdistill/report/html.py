@@ -17,13 +17,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
-from jinja2 import ChainableUndefined, Environment, Undefined
+from jinja2 import ChainableUndefined, Environment, FunctionLoader, Undefined
 from markupsafe import Markup
 
 from . import pictures
 from .pictures import Palette, is_number
 
-__all__ = ["write_report"]
+__all__ = ["render", "write_report"]
 
 NOT_KNOWN = "n/a"
 _ORDER = ("reference", "dpo", "ipo", "p-dpo", "d-dpo", "dp-dpo", "e-dpo", "hull-dpo")
@@ -75,7 +75,7 @@ def write_report(run: Mapping[str, Any]) -> str:
         },
         "colour": lambda name: palette.colour(str(name)),
     }
-    return _environment().from_string(_template()).render(context)
+    return render("report.html.jinja", context)
 
 
 # What is shown, and how ------------------------------------------------------------------------------------------
@@ -158,19 +158,21 @@ def _shown(value: Any) -> Any:
     return _UNPRINTABLE.sub("\ufffd", value if isinstance(value, str) else str(value))
 
 
-def _environment() -> Environment:
+def render(template: str, context: Mapping[str, Any]) -> str:
+    """A template of this folder as a page: numbers by our filters, every text escaped."""
     environment = Environment(
-        autoescape=True, undefined=ChainableUndefined, finalize=_shown, trim_blocks=True, lstrip_blocks=True
+        loader=FunctionLoader(lambda name: files(__package__).joinpath(name).read_text(encoding="utf-8")),
+        autoescape=True,
+        undefined=ChainableUndefined,
+        finalize=_shown,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     for name, function in (("num", number), ("pct", percent), ("est", estimate), ("pm", with_error)):
         environment.filters[name] = function
     environment.filters.update(p=p_value, time=duration)
     environment.tests["number"] = is_number
-    return environment
-
-
-def _template() -> str:
-    return files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
+    return environment.get_template(template).render(context)
 
 
 # What is picked out of the run -----------------------------------------------------------------------------------

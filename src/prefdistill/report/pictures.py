@@ -22,7 +22,7 @@ import matplotlib
 import matplotlib.colors
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
 __all__ = ["Palette", "calibration", "correlations", "histogram", "intervals", "is_number", "lines", "reward_and_kl"]
 
@@ -208,9 +208,19 @@ def reward_and_kl(points: Sequence[tuple[str, Point, Point]], palette: Palette) 
 
 @_drawn
 def lines(
-    curves: Sequence[tuple[str, Sequence[Any], Sequence[Any]]], palette: Palette, *, ylabel: str
+    curves: Sequence[tuple[str, Sequence[Any], Sequence[Any]]],
+    palette: Palette,
+    *,
+    ylabel: str,
+    xlabel: str = "training step",
+    logarithmic: bool = False,
+    lowest: float | None = None,
 ) -> Figure | None:
-    """One line a method over training steps, with a dashed line at 0; pairs with a number missing are left out."""
+    """One line a method, over training steps or `xlabel`, with a dashed line at 0.
+
+    Pairs with a number missing are left out. Values below `lowest` leave the picture, with an arrow's head where they
+    do: a line that falls without end would flatten the others.
+    """
     kept = []
     for name, steps, values in curves:
         pairs = [(x, y) for x, y in zip(steps, values, strict=False) if is_number(x) and is_number(y)]
@@ -231,9 +241,22 @@ def lines(
             label=_label(name),
             zorder=3,
         )
-    axes.set_xlabel("training step")
+        if lowest is not None and min(y for _, y in pairs) < lowest:
+            left = next(x for x, y in pairs if y < lowest)
+            axes.plot([left], [lowest], "v", color=palette.colour(name), markersize=9, clip_on=False, zorder=4)
+    axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+    if logarithmic:
+        axes.set_xscale("log")
+        marks = sorted({x for _, pairs in kept for x, _ in pairs})
+        if len(marks) <= 8:
+            axes.set_xticks(marks, [f"{x:g}" for x in marks])
+            axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        whole = all(float(x).is_integer() for _, pairs in kept for x, _ in pairs)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=whole, steps=[1, 2, 5, 10]))
+    if lowest is not None:
+        axes.set_ylim(bottom=max(lowest, axes.get_ylim()[0]))
     axes.margins(x=0.03)
     _legend(figure, axes)
     return figure
