@@ -148,7 +148,9 @@ class DistillOptions:
         reward_scale: of the rpo methods.
         kl_alpha: weight of KL(reference || policy) in p-dpo, dp-dpo and e-dpo.
         kl_estimator: of that term: plain (as in the paper) or control-variate (no gradient noise near the reference).
-        ensemble_over: e-DPO's min for each pair or for the whole batch.
+        pessimism: over the members, in e-dpo: the min for each pair or for the whole batch, or the exact worst case
+            over their hull, one mixture for all prompts (hull) or one each (hull-per-prompt); hull-dpo is e-dpo with
+            hull.
         pairs: labelled pairs, or all pairs of a prompt's responses (methods that distil rewards).
         epochs: passes over the training prompts.
         learning_rate: null: 1e-4 with LoRA, 1e-5 without.
@@ -166,9 +168,9 @@ class DistillOptions:
     tau: float = 0.1
     label_smoothing: float = 0.1
     reward_scale: float = 1.0
-    kl_alpha: float = 0.05
+    kl_alpha: float = 0.01
     kl_estimator: str = "plain"
-    ensemble_over: str = "pair"
+    pessimism: str = "pair"
     pairs: str = "all"
     epochs: float = 1.0
     learning_rate: float | None = None
@@ -261,8 +263,14 @@ class RunConfig:
         asked = self.sample.reference_per_prompt
         if asked is not None:
             return asked
-        wanted = any(METHODS[m].forward_kl for m in self.methods) and self.distill.kl_alpha > 0
+        wanted = any(self._needs_reference_samples(m) for m in self.methods)
         return 2 if wanted and not self.dataset.drawn_from_reference else 0
+
+    def _needs_reference_samples(self, method: str) -> bool:
+        """For the forward-KL term, or for the weights of the hull."""
+        row, options = METHODS[method], self.distill.of(method)
+        hull = row.hull or (row.loss == "e_dpo" and options.pessimism.startswith("hull"))
+        return hull or (row.forward_kl and options.kl_alpha > 0)
 
     @property
     def primary(self) -> str:
@@ -292,7 +300,7 @@ class RunConfig:
             ("dataset.on_bad_row", self.dataset.on_bad_row, ("stop", "drop")),
             ("reward.hold", self.reward.hold, ("head", "lora", "full")),
             ("reward.resample", self.reward.resample, RESAMPLES),
-            ("distill.ensemble_over", self.distill.ensemble_over, ("pair", "batch")),
+            ("distill.pessimism", self.distill.pessimism, ("pair", "batch", "hull", "hull-per-prompt")),
             ("distill.pairs", self.distill.pairs, ("labelled", "all")),
             ("distill.kl_estimator", self.distill.kl_estimator, ("plain", "control-variate")),
             ("evaluate.split", self.evaluate.split, ("test", "validation")),

@@ -16,6 +16,7 @@ from prefdistill.stages.run import Run, last_checkpoint
 from prefdistill.training.callbacks import ProgressCallback, quiet
 from prefdistill.training.distill import DistillConfig, DistillExample, DistillTrainer
 from prefdistill.training.methods import METHODS
+from prefdistill.training.pessimism import promises
 
 
 def examples_of(run: Run, *splits: str, rewards: bool) -> list[DistillExample]:
@@ -70,7 +71,7 @@ def train_policy(run: Run, method: str, fingerprint: str) -> tuple[list[Path], s
             reward_scale=options.reward_scale,
             kl_alpha=options.kl_alpha,
             kl_estimator=options.kl_estimator,
-            ensemble_over=options.ensemble_over,
+            pessimism=options.pessimism,
             pairs=options.pairs,
             num_train_epochs=options.epochs,
             per_device_train_batch_size=options.batch_prompts,
@@ -87,6 +88,8 @@ def train_policy(run: Run, method: str, fingerprint: str) -> tuple[list[Path], s
     folder.parent.mkdir(parents=True, exist_ok=True)
     save_model(policy, run.tokenizer, folder)
     write_json(folder / "history.json", history)
+    if trainer.mixture is not None:
+        write_json(folder / "mixture.json", promises(examples, trainer.mixture, beta=options.beta))
     shutil.rmtree(work, ignore_errors=True)
     said = f"{method}: {trainer.state.global_step} steps"
     if history and "logps/chosen_change" in history[-1]:

@@ -25,6 +25,7 @@ def make_report(run: Run, manifest: Manifest) -> tuple[list[Path], str]:
             "generated": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
             "version": version("prefdistill"),
             "summary": summary,
+            "mixtures": _mixtures(run),
             "training": {m: _history(run, m) for m in run.config.methods},
             **ensemble,
             "samples": _read(folder / "side_by_side.json"),
@@ -41,6 +42,12 @@ def make_report(run: Run, manifest: Manifest) -> tuple[list[Path], str]:
 
 def _read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _mixtures(run: Run) -> dict[str, Any]:
+    """What the mixture of a method that has one promises, by method."""
+    paths = {m: run.policy_path(m) / "mixture.json" for m in run.config.methods}
+    return {m: _read(path) for m, path in paths.items() if path.exists()}
 
 
 def _history(run: Run, method: str) -> dict[str, Any]:

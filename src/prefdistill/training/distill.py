@@ -13,12 +13,15 @@ from torch import Tensor, nn
 
 from prefdistill import losses
 from prefdistill.data.tree import Tree, TreeBatch
+from prefdistill.ensemble import Mixture
 from prefdistill.errors import ConfigError, DataError
 from prefdistill.training.methods import LossOptions, all_pairs, method_named, pair_losses, target_margins
+from prefdistill.training.pessimism import HULLS, mixed, mixture_of
 from prefdistill.training.trees import TreeTrainer
 
 logger = logging.getLogger(__name__)
 
+PESSIMISMS = ("pair", "batch", *HULLS)
 FALL_NATS = 1.0
 LOGS_TO_JUDGE = 4
 
@@ -59,7 +62,9 @@ class DistillConfig(transformers.TrainingArguments):
         reward_scale: of reward-aware preference optimisation: factor on the explicit rewards.
         kl_alpha: weight of KL(pi_ref || pi_theta) in p-dpo, dp-dpo and e-dpo.
         kl_estimator: "plain" or "control-variate", see `prefdistill.losses.forward_kl`.
-        ensemble_over: e-DPO's min is taken for each "pair" or for the whole "batch".
+        pessimism: over the members of e-dpo: the min for each "pair" or for the whole "batch", or the exact worst case
+            over their "hull", with one mixture for all prompts or one each ("hull-per-prompt"); hull-dpo is e-dpo with
+            the latter two.
         pairs: "labelled" pairs, or "all" pairs of a prompt's responses; "all" needs a loss of rewards, not of labels.
     """
 
@@ -70,7 +75,7 @@ class DistillConfig(transformers.TrainingArguments):
     reward_scale: float = 1.0
     kl_alpha: float = 0.01
     kl_estimator: str = "plain"
-    ensemble_over: str = "pair"
+    pessimism: str = "pair"
     pairs: str = "all"
 
     def __post_init__(self) -> None:
@@ -78,8 +83,10 @@ class DistillConfig(transformers.TrainingArguments):
         method = method_named(self.method)
         if self.pairs not in ("labelled", "all"):
             raise ConfigError(f"pairs is {self.pairs!r}; it must be labelled or all")
-        if self.ensemble_over not in ("pair", "batch"):
-            raise ConfigError(f"ensemble_over is {self.ensemble_over!r}; it must be pair or batch")
+        if self.pessimism not in PESSIMISMS:
+            raise ConfigError(f"pessimism is {self.pessimism!r}; it must be one of {', '.join(PESSIMISMS)}")
+        if method.hull and self.pessimism not in HULLS:
+            self.pessimism = "hull"
         if self.kl_estimator not in ("plain", "control-variate"):
             raise ConfigError(f"kl_estimator is {self.kl_estimator!r}; it must be plain or control-variate")
         if self.kl_alpha < 0:
@@ -90,7 +97,7 @@ class DistillConfig(transformers.TrainingArguments):
 
     @property
     def loss_options(self) -> LossOptions:
-        over: Any = self.ensemble_over
+        over: Any = "batch" if self.pessimism == "batch" else "pair"
         return LossOptions(self.beta, self.tau, self.label_smoothing, self.reward_scale, over)
 
 
@@ -168,6 +175,17 @@ class DistillTrainer(TreeTrainer):
                 "(dataset.drawn_from_reference: true), or set kl_alpha: 0"
             )
 
+        self.mixture: Mixture | None = None
+        self.loss = self.method.loss
+        if self.loss == "e_dpo" and args.pessimism in HULLS:
+            per_prompt = args.pessimism == "hull-per-prompt"
+            self.mixture = mixture_of(kept, beta=args.beta, per_prompt=per_prompt)
+            if kept_eval is not None:
+                own = mixture_of(kept_eval, beta=args.beta, per_prompt=True) if per_prompt else self.mixture
+                kept_eval = mixed(kept_eval, own)
+            kept = mixed(kept, self.mixture)
+            self.loss = "d_dpo"
+
         def join(items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
             return join_columns(items, pairs=args.pairs)
 
@@ -185,7 +203,7 @@ class DistillTrainer(TreeTrainer):
         first, second = inputs["pairs"].unbind(1)
         h = losses.implicit_margin(policy[first], policy[second], reference[first], reference[second])
         margins = rewards[:, first] - rewards[:, second] if len(rewards) else None
-        per_pair, member = pair_losses(self.method.loss, h, margins, self.loss_options)
+        per_pair, member = pair_losses(self.loss, h, margins, self.loss_options)
         loss = per_pair.mean()
         kl_samples = inputs["kl_samples"]
         if len(kl_samples):
@@ -195,7 +213,7 @@ class DistillTrainer(TreeTrainer):
                 loss = loss + self.kl_alpha * losses.forward_kl(*sampled, estimator=self.kl_estimator).mean()
         self._record_levels(policy.detach(), inputs)
         if margins is not None:
-            target = target_margins(self.method.loss, margins, self.loss_options)
+            target = target_margins(self.loss, margins, self.loss_options)
             error = (target - self.loss_options.beta * h.detach()).square().mean().sqrt()
             self.record(**{"distillation/error": error})
         if member is not None and margins is not None:

@@ -14,11 +14,15 @@ from prefdistill.errors import ConfigError
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table of methods: `loss` of the pairs, with the forward-KL term or without."""
+    """A row of the table of methods: `loss` of the pairs, with the forward-KL term or without.
+
+    `hull`: the members are mixed before training, see `prefdistill.training.pessimism`.
+    """
 
     loss: str
     forward_kl: bool
     needs_rewards: bool
+    hull: bool = False
 
 
 METHODS: dict[str, Method] = {
@@ -30,6 +34,7 @@ METHODS: dict[str, Method] = {
     "d-dpo": Method("d_dpo", False, True),
     "dp-dpo": Method("d_dpo", True, True),
     "e-dpo": Method("e_dpo", True, True),
+    "hull-dpo": Method("e_dpo", True, True, hull=True),
     "rpo-sq": Method("rpo_sq", False, True),
     "rpo-fwd-kl": Method("rpo_fwd_kl", False, True),
     "rpo-bwd-kl": Method("rpo_bwd_kl", False, True),
