@@ -12,8 +12,9 @@ from prefdistill.evaluation.judges import describe, is_oracle, load_oracle
 JUDGE = {"heldout_accuracy": 0.75, "n_heldout": 400}
 
 
-def policy(kl=2.0, fall=0.1):
-    return {"kl_policy_ref": {"mean": kl}, "chosen_logp_change": fall}
+def policy(kl=2.0, fall=0.1, low=0.1, high=0.5):
+    advantage = {"mean": 0.3, "ci95": [low, high]}
+    return {"kl_policy_ref": {"mean": kl}, "chosen_logp_change": fall, "advantage": advantage}
 
 
 def member(name="member 0", correlation=0.05, log_loss=0.6, accuracy=0.7):
@@ -46,6 +47,16 @@ def test_each_illness_is_named():
     assert kinds({}, [member(accuracy=0.51)]) == ["weak reward model"]
     assert kinds({}, [member()], member(log_loss=0.7)) == ["weak reward model"]
     assert kinds({}, judge={"heldout_accuracy": 0.47, "n_heldout": 53}) == ["weak judge"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "answer"),
+    [(0.1, 0.5, "Not broken"), (-1.9, -1.5, "Broken"), (-0.1, 0.4, "sees no gain"), (None, None, "sees no gain")],
+)
+def test_is_it_broken_is_answered_by_the_judge(low, high, answer):
+    (found,) = warnings_of({"dpo": policy(fall=-4.0, low=low, high=high)}, [], None, JUDGE)
+    assert answer in found["what_to_do"]
+    assert "-4.00 nats" in found["text"]
 
 
 def test_numbers_that_do_not_exist_warn_of_nothing():

@@ -79,8 +79,7 @@ def warnings_of(
                 "chosen log-prob fell",
                 f"{name} made the chosen responses less likely: {fall:+.2f} nats since the start "
                 f"({math.exp(fall):.0%} of their probability).",
-                "Harmless while the judge's advantage grows; else pin the level with the forward-KL term (p-dpo, "
-                "dp-dpo, e-dpo; larger distill.kl_alpha), or stop earlier.",
+                _is_it_broken(figures["advantage"]),
             )
     correlations = [m["length_correlation"] for m in members]
     known = [c for c in correlations if c is not None]
@@ -113,3 +112,20 @@ def warnings_of(
             "Give evaluate.judge a better reward model, or more pairs (dataset.judge_fraction).",
         )
     return out
+
+
+def _is_it_broken(advantage: Mapping[str, Any]) -> str:
+    """The answer to "my chosen log-probs fall": the judge knows whether the mass went somewhere better."""
+    low, high = advantage["ci95"]
+    remedy = (
+        "pin the level with the forward-KL term (p-dpo, dp-dpo, e-dpo; larger distill.kl_alpha), lower the learning "
+        "rate, or stop earlier"
+    )
+    if low is not None and low > 0:
+        return (
+            f"Not broken: the probability went to responses that the judge prefers (advantage {advantage['mean']:+.2f} "
+            f"[{low:+.2f}, {high:+.2f}]). If the advantage turns with longer training, {remedy}."
+        )
+    if high is not None and high < 0:
+        return f"Broken: the probability went to responses that the judge scores lower; {remedy}."
+    return f"The judge sees no gain from it: {remedy}."

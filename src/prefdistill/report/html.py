@@ -95,8 +95,13 @@ def number(value: Any, decimals: int = 2, signed: bool = False) -> str:
 
 
 def percent(value: Any, decimals: int = 1) -> str:
-    """A fraction in percent."""
-    return number(100 * value, decimals) + "%" if is_number(value) else NOT_KNOWN
+    """A fraction in percent; "< 1%" where rounding would say that there is none."""
+    if not is_number(value):
+        return NOT_KNOWN
+    least = 10**-decimals
+    if 0 < abs(100 * value) < 0.5 * least:
+        return f"{'−' if value < 0 else ''}< {least:g}%"
+    return number(100 * value, decimals) + "%"
 
 
 def estimate(value: Any, as_percent: bool = False, signed: bool = True) -> str:
