@@ -30,6 +30,7 @@ def _method(i):
         "advantage": {"mean": mean, "ci95": [mean - 0.0871, mean + 0.0872]},
         "advantage_equal_length": {"mean": mean - 0.0313, "ci95": [mean - 0.1219, mean + 0.0615]},
         "win_rate": {"mean": 0.5 + 0.0417 * i, "ci95": [0.4531 + 0.0417 * i, 0.5472 + 0.0417 * i]},
+        "win_rate_equal_length": {"mean": 0.5 + 0.0301 * i, "ci95": [0.4431 + 0.0301 * i, 0.5572 + 0.0301 * i]},
         **{"wins": 0.4127 + 0.0417 * i, "ties": 0.1746, "losses": 0.4127 - 0.0417 * i},
         "kl_policy_ref": {"mean": 1.7391 * i, "standard_error": 0.1381},
         "kl_ref_policy": {"mean": 1.2873 * i, "standard_error": 0.0943},
@@ -60,8 +61,22 @@ def full_run():
             "judge": {"name": "oracle", "description": "a held-out model", "heldout_accuracy": 0.7237},
             "methods": {name: _method(i) for i, name in enumerate(METHODS)},
             "tests": [
-                {"a": "e-dpo", "b": "dpo", "difference": {"mean": 0.2273, "ci95": [0.1131, 0.34]}, "p_value": 2e-4},
-                {"a": "d-dpo", "b": "dpo", "difference": {"mean": -0.1139, "ci95": [-0.25, 0.02]}, "p_value": 0.0973},
+                {
+                    "a": "e-dpo",
+                    "b": "dpo",
+                    "difference": {"mean": 0.2273, "ci95": [0.1131, 0.34]},
+                    "p_value": 2e-4,
+                    "p_holm": 4e-4,
+                    "detectable": 0.16,
+                },
+                {
+                    "a": "d-dpo",
+                    "b": "dpo",
+                    "difference": {"mean": -0.1139, "ci95": [-0.25, 0.02]},
+                    "p_value": 0.0973,
+                    "p_holm": 0.0973,
+                    "detectable": 0.19,
+                },
             ],
         },
         "training": {
@@ -81,6 +96,19 @@ def full_run():
             "margin_std": [0.1 * i for i in range(40)],
             "member_correlation": [[1.0, 0.62, 0.41], [0.62, 1.0, -0.3], [0.41, -0.3, 1.0]],
             "agreement_rate": 0.5833,
+        },
+        "mixtures": {
+            "hull <dpo>": {
+                "per_prompt": True,
+                "weights": [0.6213, 0.3787, 0.0],
+                "beta": 0.1,
+                "samples": 7.4,
+                "prompts": 200,
+                "policies": {
+                    "mixture": {"worst_case": 0.2191, "by_member": [0.2191, 0.2191, 0.3]},
+                    "mean of the members": {"worst_case": -0.1034, "by_member": [0.4, -0.1034, 0.2]},
+                },
+            }
         },
         "samples": [
             {
@@ -211,6 +239,13 @@ def test_pictures_are_valid_and_all_there(full):
     assert len(full[0]) < 1_000_000
 
 
+def test_the_mixture_is_shown(full):
+    _text, reader = full
+    assert "hull <dpo>" in reader.text
+    assert "0.62, 0.38, 0.00" in " ".join(reader.text.split())
+    assert "−0.103" in reader.text
+
+
 def test_one_file_that_is_inert_and_whole(full):
     text, reader = full
     _check_inert(reader)
@@ -331,6 +366,9 @@ def test_json_round_trip_changes_nothing(full):
         (html.number(3.14159, 3, True), "+3.142"),
         (html.number(3e9), "3.0e+09"),
         (html.percent(0.6583), "65.8%"),
+        (html.percent(0.002, 0), "< 1%"),
+        (html.percent(-0.0002), "−< 0.1%"),
+        (html.percent(0.0, 0), "0%"),
         (html.estimate({"mean": 0.361, "ci95": [0.201, 0.519]}), "+0.36 [0.20, 0.52]"),
         (html.estimate({"mean": 0.0361, "ci95": [0.0201, 0.0519]}), "+0.036 [0.020, 0.052]"),
         (html.estimate({"mean": 361.2, "ci95": [201, 519]}), "+361 [201, 519]"),

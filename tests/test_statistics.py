@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from prefdistill.evaluation import calibration, inference
+from prefdistill.evaluation import length as at_length
 from prefdistill.evaluation import statistics as s
 
 
@@ -67,7 +69,7 @@ class TestClusterMean:
             found = s.cluster_mean(values, clusters, resamples=400, seed=seed)
             covered += found.ci95[0] <= 0.5 <= found.ci95[1]
             covered_naive += abs(values.mean() - 0.5) <= 1.96 * stats.sem(values)
-            covered_by_t += s.wald_test(values - 0.5, clusters).p_value > 0.05
+            covered_by_t += inference.wald_test(values - 0.5, clusters).p_value > 0.05
         assert 0.90 <= covered / runs <= 0.985
         assert 0.91 <= covered_by_t / runs <= 0.985
         assert covered_naive / runs < 0.85
@@ -137,7 +139,7 @@ class TestWald:
     def test_against_statsmodels(self):
         values, clusters = _data(n_clusters=12)
         fit = sm.OLS(values, np.ones_like(values)).fit(cov_type="cluster", cov_kwds={"groups": clusters}, use_t=True)
-        found = s.wald_test(values, clusters)
+        found = inference.wald_test(values, clusters)
         assert found.statistic == pytest.approx(fit.tvalues[0], rel=1e-12)
         assert found.p_value == pytest.approx(fit.pvalues[0], rel=1e-9)
         assert found.degrees_of_freedom == 11
@@ -146,16 +148,16 @@ class TestWald:
         rng = np.random.default_rng(3)
         a, b = rng.normal(size=25), rng.normal(size=25) + 0.4
         expected = stats.ttest_rel(a, b)
-        found = s.wald_test(a - b, np.arange(25))
+        found = inference.wald_test(a - b, np.arange(25))
         assert (found.statistic, found.p_value) == pytest.approx((expected.statistic, expected.pvalue), rel=1e-9)
 
     def test_edges(self):
-        same = s.wald_test(np.zeros(4), range(4))
+        same = inference.wald_test(np.zeros(4), range(4))
         assert (same.statistic, same.p_value) == (0.0, 1.0)
-        always = s.wald_test(-np.ones(4), range(4))
+        always = inference.wald_test(-np.ones(4), range(4))
         assert (always.statistic, always.p_value) == (-math.inf, 0.0)
         assert always.as_dict()["statistic"] is None
-        alone = s.wald_test([1.0, 2.0], [0, 0])
+        alone = inference.wald_test([1.0, 2.0], [0, 0])
         assert math.isnan(alone.statistic)
         assert math.isnan(alone.p_value)
 
@@ -166,7 +168,7 @@ class TestEqualLength:
         length = 20 + 15 * np.random.default_rng(5).normal(size=len(clusters))
         reward = 0.2 + 0.05 * length + noise
         fit = _clustered_ols(reward, sm.add_constant(length), clusters)
-        found = s.advantage_at_equal_length(reward, length, clusters)
+        found = at_length.advantage_at_equal_length(reward, length, clusters)
         assert found.mean == pytest.approx(fit.params[0], rel=1e-9)
         assert found.standard_error == pytest.approx(fit.bse[0], rel=1e-9)
 
@@ -175,7 +177,7 @@ class TestEqualLength:
         rng = np.random.default_rng(0)
         clusters = np.repeat(np.arange(6), 3)
         x, y = rng.normal(5, 2, 18), rng.normal(size=18)
-        found = s.advantage_at_equal_length(y, x, clusters, resamples=60, seed=9)
+        found = at_length.advantage_at_equal_length(y, x, clusters, resamples=60, seed=9)
         counts = np.random.default_rng(9).multinomial(6, np.full(6, 1 / 6), size=60)
         heights = []
         for count in counts:
@@ -187,17 +189,17 @@ class TestEqualLength:
 
     def test_reward_that_is_only_length_has_no_advantage(self):
         length = np.array([3.0, 10.0, -4.0, 8.0, 30.0])
-        found = s.advantage_at_equal_length(0.1 * length, length, range(5), resamples=200)
+        found = at_length.advantage_at_equal_length(0.1 * length, length, range(5), resamples=200)
         assert found.mean == pytest.approx(0.0, abs=1e-12)
         assert found.ci95 == pytest.approx((0.0, 0.0), abs=1e-9)
 
     def test_no_line(self):
-        assert s.advantage_at_equal_length([1.0, 3.0], [0, 0], [0, 1]) == s.cluster_mean([1.0, 3.0], [0, 1])
+        assert at_length.advantage_at_equal_length([1.0, 3.0], [0, 0], [0, 1]) == s.cluster_mean([1.0, 3.0], [0, 1])
         with pytest.raises(ValueError, match="every length difference"):
-            s.advantage_at_equal_length([1.0, 3.0], [4, 4], [0, 1])
+            at_length.advantage_at_equal_length([1.0, 3.0], [4, 4], [0, 1])
 
     def test_resamples_without_a_line_are_left_out(self):
-        found = s.advantage_at_equal_length([1.0, 1.0, 2.0], [0, 0, 1], [0, 0, 1], resamples=100)
+        found = at_length.advantage_at_equal_length([1.0, 1.0, 2.0], [0, 0, 1], [0, 0, 1], resamples=100)
         assert all(math.isfinite(end) for end in found.ci95)
 
     @given(st.floats(1e-3, 1e3))
@@ -205,8 +207,8 @@ class TestEqualLength:
     def test_unit_of_length_does_not_matter(self, unit):
         y, clusters = _data(n_clusters=8)
         x = np.random.default_rng(1).normal(3, 2, len(y))
-        one = s.advantage_at_equal_length(y, x, clusters, resamples=50)
-        other = s.advantage_at_equal_length(y, unit * x, clusters, resamples=50)
+        one = at_length.advantage_at_equal_length(y, x, clusters, resamples=50)
+        other = at_length.advantage_at_equal_length(y, unit * x, clusters, resamples=50)
         assert other.mean == pytest.approx(one.mean, rel=1e-9)
         assert other.ci95 == pytest.approx(one.ci95, rel=1e-8)
 
@@ -222,57 +224,63 @@ def test_kl_of_two_normals():
 
 class TestRewardModel:
     def test_accuracy_and_loss(self):
-        assert s.accuracy([2.0, -1.0, 0.0, 3.0]) == 0.625
-        assert s.log_loss([0.0, 0.0]) == pytest.approx(math.log(2))
-        assert s.log_loss([math.log(3), -math.log(3)]) == pytest.approx(-0.5 * (math.log(0.75) + math.log(0.25)))
-        assert s.log_loss([-2000.0, 2000.0]) == pytest.approx(1000.0)
+        assert calibration.accuracy([2.0, -1.0, 0.0, 3.0]) == 0.625
+        assert calibration.log_loss([0.0, 0.0]) == pytest.approx(math.log(2))
+        assert calibration.log_loss([math.log(3), -math.log(3)]) == pytest.approx(
+            -0.5 * (math.log(0.75) + math.log(0.25))
+        )
+        assert calibration.log_loss([-2000.0, 2000.0]) == pytest.approx(1000.0)
 
     def test_predicted_winner(self):
-        probabilities, outcomes = s.predicted_winner([math.log(3), -math.log(3), 0.0])
+        probabilities, outcomes = calibration.predicted_winner([math.log(3), -math.log(3), 0.0])
         assert probabilities == pytest.approx([0.75, 0.75, 0.5])
         assert outcomes.tolist() == [1.0, 0.0, 0.5]
 
     def test_bins_by_hand(self):
-        found = s.calibration_bins([0.9, 0.1, 0.2, 0.8, 0.7], [1, 0, 1, 1, 0], bins=2)
+        found = calibration.calibration_bins([0.9, 0.1, 0.2, 0.8, 0.7], [1, 0, 1, 1, 0], bins=2)
         assert found.count.tolist() == [3, 2]
         assert found.predicted == pytest.approx([1 / 3, 0.85])
         assert found.observed == pytest.approx([1 / 3, 1.0])
-        assert s.expected_calibration_error([0.9, 0.1, 0.2, 0.8, 0.7], [1, 0, 1, 1, 0], bins=2) == pytest.approx(0.06)
+        assert calibration.expected_calibration_error(
+            [0.9, 0.1, 0.2, 0.8, 0.7], [1, 0, 1, 1, 0], bins=2
+        ) == pytest.approx(0.06)
         assert json.dumps(found.as_dict(), allow_nan=False)
 
     def test_equal_probabilities_do_not_depend_on_order(self):
         outcomes = np.array([1, 1, 1, 0, 0, 0, 0, 0, 1, 0])
-        found = [s.expected_calibration_error(np.full(10, 0.4), np.roll(outcomes, k), bins=4) for k in range(10)]
+        found = [
+            calibration.expected_calibration_error(np.full(10, 0.4), np.roll(outcomes, k), bins=4) for k in range(10)
+        ]
         assert found == pytest.approx([0.0] * 10, abs=1e-12)
 
     def test_a_true_model_is_calibrated_and_a_doubled_one_is_not(self):
         rng = np.random.default_rng(0)
         logits = rng.normal(0, 1.5, 20_000)
         margins = np.where(rng.random(20_000) < 1 / (1 + np.exp(-logits)), logits, -logits)
-        assert s.expected_calibration_error(*s.predicted_winner(margins)) < 0.015
-        assert s.expected_calibration_error(*s.predicted_winner(2 * margins)) > 0.06
-        assert s.log_loss(margins) < s.log_loss(2 * margins)
-        assert s.accuracy(margins) == s.accuracy(2 * margins)
+        assert calibration.expected_calibration_error(*calibration.predicted_winner(margins)) < 0.015
+        assert calibration.expected_calibration_error(*calibration.predicted_winner(2 * margins)) > 0.06
+        assert calibration.log_loss(margins) < calibration.log_loss(2 * margins)
+        assert calibration.accuracy(margins) == calibration.accuracy(2 * margins)
 
     @given(st.lists(st.tuples(st.floats(0, 1), st.sampled_from([0.0, 0.5, 1.0])), min_size=1, max_size=40))
     @settings(deadline=None, max_examples=50)
     def test_bins_keep_the_totals(self, rows):
         probabilities, outcomes = np.array(rows).T
-        found = s.calibration_bins(probabilities, outcomes, bins=7)
+        found = calibration.calibration_bins(probabilities, outcomes, bins=7)
         assert found.count.sum() == len(rows)
         assert found.count.max() - found.count.min() <= 1
         assert np.average(found.predicted, weights=found.count) == pytest.approx(probabilities.mean(), abs=1e-12)
         assert np.average(found.observed, weights=found.count) == pytest.approx(outcomes.mean(), abs=1e-12)
         assert (np.diff(found.predicted) >= -1e-12).all()
-        assert 0 <= s.expected_calibration_error(probabilities, outcomes, bins=7) <= 1
+        assert 0 <= calibration.expected_calibration_error(probabilities, outcomes, bins=7) <= 1
 
     @pytest.mark.parametrize(("p", "o", "bins"), [([1.2], [1], 10), ([0.5], [-1], 10), ([0.5], [1], 0)])
     def test_bad_input(self, p, o, bins):
         with pytest.raises(ValueError, match="must"):
-            s.calibration_bins(p, o, bins)
+            calibration.calibration_bins(p, o, bins)
 
 
-CLUSTERED = [s.cluster_mean, s.win_rate, s.wald_test, s.kl_estimate]
+CLUSTERED = [s.cluster_mean, s.win_rate, inference.wald_test, s.kl_estimate]
 
 
 @pytest.mark.parametrize("function", CLUSTERED)
@@ -295,13 +303,13 @@ def test_errors(function, values, clusters, said):
 
 def test_errors_of_the_others():
     with pytest.raises(ValueError, match="lengths must be equal"):
-        s.advantage_at_equal_length([1.0, 2.0], [1.0], [0, 1])
+        at_length.advantage_at_equal_length([1.0, 2.0], [1.0], [0, 1])
     with pytest.raises(ValueError, match="length_differences must be finite"):
-        s.advantage_at_equal_length([1.0, 2.0], [1.0, math.inf], [0, 1])
+        at_length.advantage_at_equal_length([1.0, 2.0], [1.0, math.inf], [0, 1])
     with pytest.raises(ValueError, match="resamples"):
         s.cluster_mean([1.0, 2.0], [0, 1], resamples=0)
-    for function in (s.accuracy, s.log_loss, s.predicted_winner):
+    for function in (calibration.accuracy, calibration.log_loss, calibration.predicted_winner):
         with pytest.raises(ValueError, match="empty"):
             function([])
     with pytest.raises(ValueError, match="lengths must be equal"):
-        s.calibration_bins([0.5, 0.5], [1])
+        calibration.calibration_bins([0.5, 0.5], [1])

@@ -22,6 +22,8 @@ COMMANDS = {
 
 # Commands that are no stage of a run: what they do, and the module whose `main` takes their flags.
 OTHERS = {
+    "bias": ("D_rho of any data: a fraction rho of the pairs prefers the longer response", "prefdistill.commands.bias"),
+    "experiment": ("length-bias: the paper's sweep over biased labels", "prefdistill.commands.experiment"),
     "theory": ("the paper's claims in a small exact world, as a page", "prefdistill.commands.theory"),
 }
 
@@ -62,6 +64,8 @@ def main(argv: list[str] | None = None) -> int:
 def _command(command: str, argv: list[str]) -> int:
     from prefdistill.errors import PrefdistillError
 
+    # Libraries' bars go away; tqdm reads this when it is imported, which parsing may do.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         if command in OTHERS:
             return int(import_module(OTHERS[command][1]).main(argv))
@@ -70,7 +74,7 @@ def _command(command: str, argv: list[str]) -> int:
             config.check()
             print(config.as_yaml(), end="")
             return 0
-        _quiet()
+        quiet()
         from prefdistill import pipeline
 
         root = pipeline.run(config, until=None if command == "run" else pipeline.UNTIL[command])
@@ -139,10 +143,9 @@ def _short(error: Exception) -> str:
     return "; ".join(lines[:4]) + " (see --help)"
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Leaves the terminal to the stages: libraries' bars and advice go away, warnings of ours stay."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TQDM_DISABLE", "1")
     logging.basicConfig(format="    warning: %(message)s", level=logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|transformers|peft|accelerate")

@@ -34,6 +34,9 @@ class DatasetOptions:
         max_validation_prompts: the same for validation.
         max_test_prompts: the same for the evaluation.
         drawn_from_reference: the data's responses were sampled from the starting policy, so forward KL can use them.
+        rho: train and calibrate on D_rho only, a resample in which this fraction of the pairs prefers the longer
+            response (null: all pairs); the test split stays as it is.
+        rho_pairs: how many training pairs D_rho has (null: the most that rho allows without replacement).
     """
 
     split: str = "train"
@@ -49,6 +52,8 @@ class DatasetOptions:
     max_validation_prompts: int | None = None
     max_test_prompts: int | None = None
     drawn_from_reference: bool = False
+    rho: float | None = None
+    rho_pairs: int | None = None
 
 
 @dataclass
@@ -151,6 +156,7 @@ class DistillOptions:
         pessimism: over the members, in e-dpo: the min for each pair or for the whole batch, or the exact worst case
             over their hull, one mixture for all prompts (hull) or one each (hull-per-prompt); hull-dpo is e-dpo with
             hull.
+        members: which reward models a method distils, by number: those trained, then reward.pretrained (null: all).
         pairs: labelled pairs, or all pairs of a prompt's responses (methods that distil rewards).
         epochs: passes over the training prompts.
         learning_rate: null: 1e-4 with LoRA, 1e-5 without.
@@ -171,6 +177,7 @@ class DistillOptions:
     kl_alpha: float = 0.01
     kl_estimator: str = "plain"
     pessimism: str = "pair"
+    members: list[int] | None = None
     pairs: str = "all"
     epochs: float = 1.0
     learning_rate: float | None = None
@@ -314,6 +321,12 @@ class RunConfig:
                 raise ConfigError(f"dataset.{name}_fraction is {share}; it must lie in [0, 1)")
         if sum(fractions.values()) >= 1:
             raise ConfigError(f"dataset fractions {fractions} leave nothing to train on")
+        if self.dataset.rho is not None and not 0 <= self.dataset.rho <= 1:
+            raise ConfigError(f"dataset.rho is {self.dataset.rho}; it must lie in [0, 1]")
+        if self.dataset.rho_pairs is not None and (self.dataset.rho is None or self.dataset.rho_pairs < 1):
+            raise ConfigError(
+                f"dataset.rho_pairs is {self.dataset.rho_pairs}; it needs dataset.rho, and at least 1 pair"
+            )
         at_least = [
             ("reward.members", self.reward.members, 0),
             ("reward.batch_prompts", self.reward.batch_prompts, 1),
@@ -345,6 +358,12 @@ class RunConfig:
                 raise ConfigError(f"{name} is {value}; it must be positive")
         if self.distill.kl_alpha < 0:
             raise ConfigError(f"distill.kl_alpha is {self.distill.kl_alpha}; it must not be negative")
+        total = self.reward.members + len(self.reward.pretrained)
+        for k in self.distill.members or []:
+            if not 0 <= k < total:
+                raise ConfigError(f"distill.members names {k}; there are {total} members, numbered from 0")
+        if self.distill.members == []:
+            raise ConfigError("distill.members is empty; name at least one member, or null for all")
         known = {f.name for f in fields(DistillOptions)} - {"per_method"}
         for method, own in self.distill.per_method.items():
             method_named(method)

@@ -147,13 +147,15 @@ def plan(job: Run, manifest: Manifest, make_data: Callable[[], Outcome], source:
         )
     )
     reward = asdict(config.reward)
+    # Ready reward models are scored, not trained: another list of them leaves the members as they are.
+    training = {name: value for name, value in reward.items() if name != "pretrained"}
     trained = 0.2 if config.reward.hold == "head" else (TRAIN_PASSES + 1) * config.reward.epochs
     if config.needs_rewards:
         stages += [
             Stage(
                 "reward",
                 f"training {config.reward.members} reward models",
-                [reward, common],
+                [training, common],
                 ("reference",),
                 trained * config.reward.members,
                 lambda fingerprint: members.make_members(job, fingerprint),
@@ -172,7 +174,7 @@ def plan(job: Run, manifest: Manifest, make_data: Callable[[], Outcome], source:
             Stage(
                 "judge",
                 "training the judge on pairs of its own",
-                [reward, common],
+                [training, common],
                 ("reference",),
                 trained,
                 lambda fingerprint: members.make_judge(job, fingerprint),

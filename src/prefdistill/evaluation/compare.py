@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from prefdistill.evaluation import statistics
+from prefdistill.evaluation import inference, length, statistics
 
 SIGNIFICANT = 0.05
 
@@ -38,6 +38,7 @@ def compare(
     heldout_chosen_logp_change: float,
     tie_margin: float,
     seed: int,
+    resamples: int = 2000,
 ) -> dict[str, Any]:
     """The figures of a method against the reference on the same prompts.
 
@@ -52,18 +53,28 @@ def compare(
     clusters = np.repeat(np.arange(prompts), samples)
     advantage = (method.scores - reference.scores.mean(1, keepdims=True)).ravel()
     longer = (method.lengths - reference.lengths.mean(1, keepdims=True)).ravel()
-    meetings = method.scores[:, :, None] - reference.scores[:, None, :]
-    wins = statistics.win_rate(meetings.ravel(), np.repeat(np.arange(prompts), meetings[0].size), tie_margin, seed=seed)
+    # Every sample of the method meets every sample of the reference.
+    met = np.repeat(np.arange(prompts), samples * reference.scores.shape[1])
+    gap = (method.scores[:, :, None] - reference.scores[:, None, :]).ravel()
+    gap_length = (method.lengths[:, :, None] - reference.lengths[:, None, :]).ravel().astype(np.float64)
+    draws: dict[str, Any] = {"seed": seed, "resamples": resamples}
+    wins = statistics.win_rate(gap, met, tie_margin, **draws)
+    outcomes = 0.5 * (1.0 + (gap > tie_margin) - (gap < -tie_margin))
+    equal_length = None
+    if np.ptp(longer) > 0 or longer[0] == 0:
+        # Else every sample is longer by the same amount: nothing tells length and advantage apart.
+        equal_length = length.advantage_at_equal_length(advantage, longer, clusters, **draws).as_dict()
     return {
-        "advantage": statistics.cluster_mean(advantage, clusters, seed=seed).as_dict(),
-        "advantage_equal_length": _at_equal_length(advantage, longer, clusters, seed),
+        "advantage": statistics.cluster_mean(advantage, clusters, **draws).as_dict(),
+        "advantage_equal_length": equal_length,
         "win_rate": wins.as_dict(),
+        "win_rate_equal_length": length.length_controlled_win_rate(outcomes, gap_length, met).as_dict(),
         "wins": wins.wins,
         "ties": wins.ties,
         "losses": wins.losses,
         "score_mean": float(method.scores.mean()),
-        "kl_policy_ref": _kl(kl_policy_ref, seed),
-        "kl_ref_policy": _kl(kl_ref_policy, seed),
+        "kl_policy_ref": _kl(kl_policy_ref, draws),
+        "kl_ref_policy": _kl(kl_ref_policy, draws),
         "length_mean": float(method.lengths.mean()),
         "length_reference_mean": float(reference.lengths.mean()),
         "chosen_logp_change": chosen_logp_change,
@@ -72,20 +83,17 @@ def compare(
     }
 
 
-def _at_equal_length(advantage: np.ndarray, longer: np.ndarray, clusters: np.ndarray, seed: int) -> Any:
-    if np.ptp(longer) == 0 and longer[0] != 0:
-        # Every sample is longer by the same amount: nothing tells length and advantage apart.
-        return None
-    return statistics.advantage_at_equal_length(advantage, longer, clusters, seed=seed).as_dict()
-
-
-def _kl(log_ratios: np.ndarray, seed: int) -> dict[str, Any]:
+def _kl(log_ratios: np.ndarray, draws: dict[str, Any]) -> dict[str, Any]:
     clusters = np.repeat(np.arange(log_ratios.shape[0]), log_ratios.shape[1])
-    return statistics.kl_estimate(log_ratios.ravel(), clusters, seed=seed).as_dict()
+    return statistics.kl_estimate(log_ratios.ravel(), clusters, **draws).as_dict()
 
 
 def wald_tests(scores: Mapping[str, np.ndarray], seed: int) -> list[dict[str, Any]]:
-    """Wald tests of each pair of methods on their mean score a prompt, [P, S] each, the same prompts."""
+    """Wald tests of each pair of methods on their mean score a prompt, [P, S] each, the same prompts.
+
+    `p_holm` is corrected for the number of pairs; `detectable` is the difference that this many prompts show with a
+    power of 80%, given how much prompts differ.
+    """
     out = []
     names = list(scores)
     for i, a in enumerate(names):
@@ -93,8 +101,23 @@ def wald_tests(scores: Mapping[str, np.ndarray], seed: int) -> list[dict[str, An
             difference = scores[b].mean(1) - scores[a].mean(1)
             clusters = np.arange(len(difference))
             estimate = statistics.cluster_mean(difference, clusters, seed=seed)
-            test = statistics.wald_test(difference, clusters)
-            out.append({"a": b, "b": a, "difference": estimate.as_dict(), "p_value": test.p_value})
+            test = inference.wald_test(difference, clusters)
+            spread = float(difference.std(ddof=1)) if len(difference) > 1 else 0.0
+            detectable = inference.detectable_difference(len(difference), spread) if spread > 0 else None
+            out.append(
+                {
+                    "a": b,
+                    "b": a,
+                    "difference": estimate.as_dict(),
+                    "p_value": test.as_dict()["p_value"],
+                    "detectable": detectable,
+                }
+            )
+    known = [t for t in out if t["p_value"] is not None]
+    for test_of_pair in out:
+        test_of_pair["p_holm"] = None
+    for test_of_pair, p in zip(known, inference.holm([t["p_value"] for t in known]) if known else [], strict=True):
+        test_of_pair["p_holm"] = float(p)
     return out
 
 

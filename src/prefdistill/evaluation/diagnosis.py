@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from prefdistill.evaluation import statistics
+from prefdistill.evaluation import calibration
 
 CONSERVATIVE_NATS = 0.1  # a whole response's log-ratio of 0.1 nats is a change that nobody can see
 SAME_WAY = 0.3  # a correlation that explains a tenth of the rewards' variance
@@ -17,12 +17,12 @@ FALL_NATS = 1.0  # chosen responses made less than 0.37 times as likely
 
 def member_figures(margins: np.ndarray, rewards: Sequence[np.ndarray], lengths: Sequence[np.ndarray]) -> dict[str, Any]:
     """Held-out figures of a member: margins [P] of labelled pairs, rewards and lengths a prompt [R] each."""
-    probabilities, outcomes = statistics.predicted_winner(margins)
-    bins = statistics.calibration_bins(probabilities, outcomes, bins=min(10, max(2, len(margins) // 20)))
+    probabilities, outcomes = calibration.predicted_winner(margins)
+    bins = calibration.calibration_bins(probabilities, outcomes, bins=min(10, max(2, len(margins) // 20)))
     return {
-        "accuracy": statistics.accuracy(margins),
-        "log_loss": statistics.log_loss(margins),
-        "ece": statistics.expected_calibration_error(probabilities, outcomes, bins=len(bins.count)),
+        "accuracy": calibration.accuracy(margins),
+        "log_loss": calibration.log_loss(margins),
+        "ece": calibration.expected_calibration_error(probabilities, outcomes, bins=len(bins.count)),
         "n_heldout": len(margins),
         "length_correlation": within_prompt_correlation(rewards, lengths),
         "calibration": bins.as_dict(),

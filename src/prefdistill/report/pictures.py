@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
@@ -258,6 +259,55 @@ def lines(
     if lowest is not None:
         axes.set_ylim(bottom=max(lowest, axes.get_ylim()[0]))
     axes.margins(x=0.03)
+    _legend(figure, axes)
+    return figure
+
+
+@_drawn
+def curves_with_intervals(
+    curves: Sequence[tuple[str, Sequence[tuple[float, Point]]]],
+    palette: Palette,
+    *,
+    xlabel: str,
+    ylabel: str,
+    mark: tuple[float, str] | None = None,
+) -> Figure | None:
+    """One line a method through its means with their intervals, shifted a little so that none hides another.
+
+    `mark` is a place on the x axis with its name.
+    """
+    kept = [(name, [(x, p) for x, p in points if is_number(x) and is_number(p[0])]) for name, points in curves]
+    kept = [(name, points) for name, points in kept if points]
+    if not kept:
+        return None
+    places = sorted({x for _, points in kept for x, _ in points})
+    gap = min((b - a for a, b in itertools.pairwise(places)), default=1.0)
+    figure, axes = _figure(4.2)
+    axes.axhline(0.0, color=INK, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
+    if mark is not None and is_number(mark[0]):
+        axes.axvline(mark[0], color=FAINT, linewidth=1.2, linestyle=(0, (1, 2)), zorder=1)
+        axes.annotate(
+            _label(mark[1]), (mark[0], 1.0), xycoords=("data", "axes fraction"), xytext=(4, -10),
+            textcoords="offset points", color=FAINT, fontsize=9,
+        )  # fmt: skip
+    for i, (name, points) in enumerate(kept):
+        shift = 0.6 * gap * ((i + 0.5) / len(kept) - 0.5)
+        arms = [_error(p) or ([0.0], [0.0]) for _, p in points]
+        axes.errorbar(
+            [x + shift for x, _ in points],
+            [p[0] for _, p in points],
+            yerr=[[low[0] for low, _ in arms], [high[0] for _, high in arms]],
+            color=palette.colour(name),
+            marker=palette.marker(name),
+            markersize=5.5,
+            linewidth=1.6,
+            elinewidth=1.1,
+            label=_label(name),
+            zorder=3,
+        )
+    axes.set_xticks(places, [f"{x:g}" for x in places])
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
     _legend(figure, axes)
     return figure
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from prefdistill.training.methods import METHODS
 from prefdistill.training.pessimism import promises
 
 
-def examples_of(run: Run, *splits: str, rewards: bool) -> list[DistillExample]:
-    """Trees of these splits with their reference and reward columns."""
+def examples_of(run: Run, *splits: str, rewards: bool, members: Sequence[int] | None = None) -> list[DistillExample]:
+    """Trees of these splits with their reference and reward columns, of all members or of these."""
     groups = run.groups
     logps = reference_columns(run)["logps"]
     scores = member_rewards(run, groups) if rewards else []
+    if members is not None:
+        scores = [scores[k] for k in members]
     out = []
     for i, g in enumerate(groups):
         if g.split in splits:
@@ -54,7 +57,8 @@ def train_policy(run: Run, method: str, fingerprint: str) -> tuple[list[Path], s
     options = run.config.distill.of(method)
     folder = run.policy_path(method)
     work = run.work_path(f"distill-{method}", fingerprint)
-    examples = examples_of(run, "train", rewards=METHODS[method].needs_rewards)
+    needs = METHODS[method].needs_rewards
+    examples = examples_of(run, "train", rewards=needs, members=options.members if needs else None)
     lora = options.lora_rank > 0
     transformers.set_seed(run.config.seed)
     policy: Any = run.load_reference()

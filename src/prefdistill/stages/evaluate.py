@@ -232,10 +232,9 @@ def ensemble_facts(run: Run) -> dict[str, Any]:
 
     facts = []
     for k, (folder, member) in enumerate(zip(member_folders(run), rewards, strict=True)):
-        trained = run.root in Path(folder).parents
         training: dict[str, Any] = {"resample": "pretrained"}
-        if trained:
-            training = json.loads((Path(folder) / "training.json").read_text(encoding="utf-8"))
+        if (Path(folder) / "training.json").exists():
+            training |= json.loads((Path(folder) / "training.json").read_text(encoding="utf-8"))
         facts.append(
             {
                 "name": f"member {k}",
@@ -261,7 +260,7 @@ def ensemble_facts(run: Run) -> dict[str, Any]:
 
 
 def summarise(run: Run) -> tuple[list[Path], str]:
-    """evaluation/summary.json, ensemble.json and side_by_side.json."""
+    """evaluation/summary.json, ensemble.json, scores.json and side_by_side.json."""
     groups = held_out_groups(run)
     methods, scores = compare_all(run)
     judge = judge_facts(run, groups)
@@ -284,8 +283,9 @@ def summarise(run: Run) -> tuple[list[Path], str]:
         },
     )
     write_json(folder / "ensemble.json", ensemble)
+    write_json(folder / "scores.json", {m: s.tolist() for m, s in scores.items()})
     write_json(folder / "side_by_side.json", side_by_side(run, groups, scores))
-    return [folder / f"{n}.json" for n in ("summary", "ensemble", "side_by_side")], said
+    return [folder / f"{n}.json" for n in ("summary", "ensemble", "scores", "side_by_side")], said
 
 
 def side_by_side(run: Run, groups: list[PromptGroup], scores: dict[str, np.ndarray]) -> list[dict[str, Any]]:

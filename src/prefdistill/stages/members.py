@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from prefdistill.atomic import write_json
-from prefdistill.data.bias import resample
+from prefdistill.data.bias import biased_groups, longer_chosen, resample
 from prefdistill.data.table import PromptGroup, in_split, write_scored
 from prefdistill.data.tokenise import Encoder
 from prefdistill.data.tree import Tree
@@ -56,8 +56,21 @@ FEW_PAIRS = 20
 
 
 def uses_features(run: Run) -> bool:
-    judge = run.config.evaluate.judge == "heldout"
-    return run.config.reward.hold == "head" and (judge or (run.config.needs_rewards and run.config.reward.members > 0))
+    """Whether a head stands on the reference's frozen features: a member's, the judge's, or one from another run."""
+    options = run.config.reward
+    trained = options.hold == "head" and (
+        run.config.evaluate.judge == "heldout" or (run.config.needs_rewards and options.members > 0)
+    )
+    return trained or (run.config.needs_rewards and any(_features_of(f) is not None for f in options.pretrained))
+
+
+def _features_of(folder: str) -> str | None:
+    """The fingerprint of the features that a head was trained on; None for any other reward model."""
+    facts = Path(folder) / "training.json"
+    if not facts.exists():
+        return None
+    found = json.loads(facts.read_text(encoding="utf-8")).get("features")
+    return None if found is None else str(found)
 
 
 def classifier_pad(run: Run) -> int | None:
@@ -165,17 +178,18 @@ def train_member(
     options = run.config.reward
     labelled = [g for g in groups if g.pairs]
     flat = [(i, c, r) for i, g in enumerate(labelled) for c, r in g.pairs]
-    longer = np.array(
-        [np.sign(len(labelled[i].responses[c].ids) - len(labelled[i].responses[r].ids)) for i, c, r in flat]
-    )
-    weights = resample(how, longer, seed=seed, fraction=options.fraction, rho=rho)
+    weights = resample(how, longer_chosen(labelled), seed=seed, fraction=options.fraction, rho=rho)
     validation = [g for g in in_split(run.groups, "validation") if g.pairs]
+    if rho is not None:
+        # Who has biased pairs only has biased ones to calibrate on.
+        validation = biased_groups(validation, rho, seed=seed)
     folder.parent.mkdir(parents=True, exist_ok=True)
     tokenizer = copy.deepcopy(run.tokenizer) if base == run.reference else load_tokenizer(base)
     facts: dict[str, Any] = {"base": base, "hold": options.hold, "seed": seed, "pairs": int(weights.sum())}
     if options.hold == "head":
         pad = classifier_pad(run)
         features = reference_columns(run)["features"]
+        facts["features"] = features.fingerprint
         x = np.concatenate([_pair_features(features, g) for g in labelled])
         head, facts["l2"] = fit_head(x, weights, np.array([i for i, _, _ in flat]), l2=options.l2 or l2, seed=seed)
         margins = np.concatenate([_pair_features(features, g) for g in validation]) @ head
@@ -308,6 +322,7 @@ def make_rewards(run: Run) -> tuple[list[Path], str]:
     """Columns rewards-0..K-1 of every response."""
     groups = run.groups
     folders = member_folders(run)
+    references = reference_columns(run)
     computed = total = 0
     columns = []
     for k, folder in enumerate(folders):
@@ -315,13 +330,13 @@ def make_rewards(run: Run) -> tuple[list[Path], str]:
         trees = member_trees(run, groups, encoder_of(run, folder))
         total += sum(len(t.responses) for t in trees)
         columns.append(column)
-        if k < run.config.reward.members and run.config.reward.hold == "head":
+        if "features" in references and _features_of(folder) == references["features"].fingerprint:
             computed += _rewards_from_features(run, column, folder, trees)
             continue
         run.say(f"rewards of {folder}")
         computed += fill_rewards(run, column, folder, trees)
     scored = run.root / "data" / "scored.parquet"
-    logps = reference_columns(run)["logps"]
+    logps = references["logps"]
     write_scored(scored, groups, [logps.of(g.tree) for g in groups], member_rewards(run, groups))
     said = f"{len(folders)} reward columns, {computed} values computed, {total - computed} found"
     return [*_files(columns), scored], said

@@ -12,6 +12,7 @@ import transformers
 
 from prefdistill.atomic import write_json, write_text
 from prefdistill.config import EMBEDDED_DATA
+from prefdistill.data.bias import biased_groups
 from prefdistill.data.formats import Pair, load_pairs
 from prefdistill.data.table import (
     SPLITS,
@@ -66,6 +67,8 @@ def encode_pairs(run: Run, pairs: list[Pair]) -> tuple[list[PromptGroup], Droppe
     splits = assign_splits(pairs, fractions, run.config.seed)
     groups, dropped = group_pairs(pairs, run.encoder, splits=splits)
     groups = _at_most(groups, {s: getattr(options, f"max_{s}_prompts", None) for s in SPLITS})
+    if options.rho is not None:
+        groups = _biased(groups, options.rho, options.rho_pairs, run.config.seed)
     counts = _counts(groups)
     for name in ("train", *fractions):
         if not counts[name]:
@@ -75,6 +78,15 @@ def encode_pairs(run: Run, pairs: list[Pair]) -> tuple[list[PromptGroup], Droppe
                 "dataset.max_response_tokens"
             )
     return groups, dropped
+
+
+def _biased(groups: list[PromptGroup], rho: float, pairs: int | None, seed: int) -> list[PromptGroup]:
+    """D_rho in the splits that training sees, the others as they are; in the groups' order."""
+    out = [g for g in groups if g.split not in ("train", "validation")]
+    out += biased_groups(in_split(groups, "train"), rho, seed=seed, pairs=pairs)
+    out += biased_groups(in_split(groups, "validation"), rho, seed=seed)
+    place = {g.ids: i for i, g in enumerate(groups)}
+    return sorted(out, key=lambda g: place[g.ids])
 
 
 def _counts(groups: list[PromptGroup]) -> dict[str, int]:

@@ -1,0 +1,88 @@
+"""`prefdistill bias`: D_rho of any preference data: a resample in which a fraction rho prefers the longer response."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prefdistill.atomic import write_text
+from prefdistill.errors import ConfigError
+
+USUAL = (0.2, 0.8)  # sizes are kept equal over at least this range, whatever --rho asks for
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="prefdistill bias",
+        description="Writes one JSONL file for every rho, all with as many pairs: the most that every rho from 0.2 to "
+        "0.8 allows without replacement, or --pairs.",
+    )
+    parser.add_argument("--data", required=True, help="file, folder or hub id, in any shape that `run` reads")
+    parser.add_argument("--model", required=True, help="whose tokenizer counts a response's tokens")
+    parser.add_argument("--rho", required=True, help="fractions that prefer the longer response, e.g. 0.2,0.5,0.8")
+    parser.add_argument("--output-dir", type=Path, required=True, help="where rho-R.jsonl goes")
+    parser.add_argument("--pairs", type=int, help="pairs of every file")
+    parser.add_argument("--with-replacement", action="store_true", help="repeat pairs where there are too few")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--split", default="train", help="of a hub data set")
+    options = parser.parse_args(argv)
+
+    from prefdistill.data.bias import common_size, length_biased
+    from prefdistill.data.formats import load_pairs
+    from prefdistill.data.tokenise import Encoder
+    from prefdistill.models.loading import load_tokenizer
+
+    rhos = _fractions(options.rho)
+    if options.pairs is not None and options.pairs < 1:
+        raise ConfigError(f"--pairs is {options.pairs}; it must be at least 1")
+    if options.with_replacement and options.pairs is None:
+        raise ConfigError("--with-replacement needs --pairs; without it every file has pairs that occur once")
+    pairs = load_pairs(options.data, split=options.split)
+    signs = token_signs(Encoder(load_tokenizer(options.model)), pairs)
+    size = options.pairs or common_size(signs, {*rhos, *USUAL})
+    # All are drawn before any is written: a rho that the data refuse leaves nothing behind.
+    weights = {
+        rho: length_biased(signs, rho, seed=options.seed, size=size, replacement=options.with_replacement)
+        for rho in rhos
+    }
+    longer, shorter, equal = (int((signs == s).sum()) for s in (1, -1, 0))
+    print(
+        f"{len(pairs)} pairs: {longer} prefer the longer response, {shorter} the shorter one, {equal} are of equal "
+        f"length and left out; natural rate {longer / max(1, longer + shorter):.3f}",
+        file=sys.stderr,
+    )
+    for rho, drawn in weights.items():
+        path = options.output_dir / f"rho-{rho:g}.jsonl"
+        rows = [_row(pair) for pair, weight in zip(pairs, drawn.tolist(), strict=True) for _ in range(weight)]
+        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        print(f"{path}: {len(rows)} pairs, {int(drawn[signs > 0].sum()) / len(rows):.3f} prefer the longer response")
+    return 0
+
+
+def token_signs(encoder: Any, pairs: Sequence[Any]) -> np.ndarray:
+    """+1, -1 or 0 a pair: whether the chosen response has more, fewer or as many tokens [P]."""
+
+    def length(prompt: Any, response: Any) -> int:
+        return len(encoder.response_ids(prompt, response))
+
+    return np.array([np.sign(length(p.prompt, p.chosen) - length(p.prompt, p.rejected)) for p in pairs], dtype=np.int64)
+
+
+def _row(pair: Any) -> dict[str, Any]:
+    return {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected, **pair.extra}
+
+
+def _fractions(text: str) -> tuple[float, ...]:
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise ConfigError(f"--rho is {text!r}; give fractions such as 0.2,0.5,0.8") from error
+    if not all(0 <= rho <= 1 for rho in found):
+        raise ConfigError(f"--rho is {text!r}; every fraction must lie in [0, 1]")
+    return tuple(dict.fromkeys(found))
