@@ -1,77 +1,158 @@
-"""Warnings of a run: each illness is named, a healthy run has none."""
+"""Checks of a run: each illness is named with its number, a healthy run has none."""
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
+from scipy import special, stats
 
+from prefdistill.ensemble import tilted
 from prefdistill.errors import ConfigError
-from prefdistill.evaluation.diagnosis import disagreement, member_figures, warnings_of, within_prompt_correlation
+from prefdistill.evaluation.diagnosis import check_run, warnings_of
 from prefdistill.evaluation.judges import describe, is_oracle, load_oracle
+from prefdistill.evaluation.rewards import (
+    agreeing_prompts,
+    asked_kl,
+    beyond_training,
+    centred_rewards,
+    disagreement,
+    error_length_correlation,
+    member_figures,
+    within_prompt_correlation,
+)
 
 JUDGE = {"heldout_accuracy": 0.75, "n_heldout": 400}
+FALLING = [(-0.5 * i, 0.3 * i) for i in range(8)]
 
 
-def policy(kl=2.0, fall=0.1, low=0.1, high=0.5):
+def policy(kl=2.0, fall=0.1, low=0.1, high=0.5, **more):
     advantage = {"mean": 0.3, "ci95": [low, high]}
-    return {"kl_policy_ref": {"mean": kl}, "chosen_logp_change": fall, "advantage": advantage}
+    figures = {"kl_policy_ref": {"mean": kl}, "kl_ref_policy": {"mean": kl}, "truncated": 0.02}
+    return {**figures, "chosen_logp_change": fall, "advantage": advantage, **more}
 
 
-def member(name="member 0", correlation=0.05, log_loss=0.6, accuracy=0.7):
+def member(name="member 0", correlation=0.05, log_loss=0.6, accuracy=0.7, prompts=200):
     return {
         "name": name,
-        "length_correlation": correlation,
+        "error_length_correlation": correlation,
         "log_loss": log_loss,
         "accuracy": accuracy,
         "n_heldout": 400,
+        "n_prompts": prompts,
     }
 
 
-def kinds(methods, members=(), ensemble=None, judge=JUDGE):
-    found = warnings_of(methods, members, ensemble, judge)
-    assert all(w["text"] and w["what_to_do"] for w in found)
-    return [w["kind"] for w in found]
+def checks(methods, members=(), ensemble=None, judge=JUDGE):
+    found = check_run({"reference": policy(kl=0.0), **methods}, members, ensemble, judge)
+    assert all(c.text and c.reason and c.measure for c in found)
+    assert all(bool(c.what_to_do) == (c.state in ("ill", "watch")) for c in found)
+    return found
+
+
+def ill(*args, **options):
+    return [(c.kind, c.subject) for c in checks(*args, **options) if c.state == "ill"]
 
 
 def test_a_healthy_run_has_no_warning():
-    assert kinds({"reference": policy(kl=0.0), "e-dpo": policy()}, [member(), member(correlation=0.4)], member()) == []
+    agreed = {"kl": 0.8, "asked": 0.9, "prompts": 60}
+    healthy = policy(
+        history=[(0.1, 0.1 * i) for i in range(8)],
+        agreed=agreed,
+        beyond={"share": 0.01, "reference_share": 0.0, "member": "m"},
+    )
+    found = checks({"e-dpo": healthy}, [member(), member(correlation=0.4)], member())
+    assert {c.state for c in found} == {"healthy"}
+    assert warnings_of(found) == []
+    assert {c.kind for c in found} == {
+        "chosen log-prob fell",
+        "responses do not end",
+        "over-conservative",
+        "reward extrapolates",
+        "members biased the same way",
+        "weak reward model",
+        "weak judge",
+    }
 
 
 def test_each_illness_is_named():
-    assert kinds({"e-dpo": policy(kl=0.01)}) == ["over-conservative"]
-    assert kinds({"dpo": policy(fall=-18.7)}) == ["chosen log-prob fell"]
-    assert kinds({}, [member(correlation=0.5), member(correlation=0.4)]) == ["members biased the same way"]
-    assert kinds({}, [member(correlation=-0.5), member(correlation=-0.4)]) == ["members biased the same way"]
-    assert kinds({}, [member(correlation=0.5), member(correlation=-0.4)]) == []
-    assert kinds({}, [member(correlation=0.5)]) == []  # one member is no ensemble
-    assert kinds({}, [member(accuracy=0.51)]) == ["weak reward model"]
-    assert kinds({}, [member()], member(log_loss=0.7)) == ["weak reward model"]
-    assert kinds({}, judge={"heldout_accuracy": 0.47, "n_heldout": 53}) == ["weak judge"]
+    assert ill({"e-dpo": policy(kl=0.01)}) == [("over-conservative", "e-dpo")]
+    assert ill({"dpo": policy(fall=-18.7, low=-2, high=-1)}) == [("chosen log-prob fell", "dpo")]
+    assert ill({"dpo": policy(truncated=0.3)}) == [("responses do not end", "dpo")]
+    assert ill({"d-dpo": policy(beyond={"share": 0.2, "reference_share": 0.0, "member": "m"})}) == [
+        ("reward extrapolates", "d-dpo")
+    ]
+    same_way = [("members biased the same way", "ensemble")]
+    assert ill({}, [member(correlation=0.5), member(correlation=0.3)]) == same_way
+    assert ill({}, [member(correlation=-0.5), member(correlation=-0.3)]) == same_way
+    assert ill({}, [member(correlation=0.5), member(correlation=-0.4)]) == []
+    assert ill({}, [member(correlation=0.5), member(correlation=0.1)]) == []  # one of them is good enough
+    assert ill({}, [member(correlation=0.3, prompts=20), member(correlation=0.3, prompts=20)]) == []  # may be chance
+    assert ill({}, [member(correlation=0.5)]) == []  # one member is no ensemble
+    assert ill({}, [member(accuracy=0.51)]) == [("weak reward model", "member 0")]
+    assert ill({}, [member()], member("mean", log_loss=0.7)) == [("weak reward model", "mean")]
+    assert ill({}, judge={"heldout_accuracy": 0.47, "n_heldout": 53}) == [("weak judge", "judge")]
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "answer"),
-    [(0.1, 0.5, "Not broken"), (-1.9, -1.5, "Broken"), (-0.1, 0.4, "sees no gain"), (None, None, "sees no gain")],
+    ("low", "high", "state", "answer"),
+    [
+        (0.1, 0.5, "watch", "Not broken"),
+        (-1.9, -1.5, "ill", "Broken"),
+        (-0.1, 0.4, "ill", "sees no gain"),
+        (None, None, "ill", "sees no gain"),
+    ],
 )
-def test_is_it_broken_is_answered_by_the_judge(low, high, answer):
-    (found,) = warnings_of({"dpo": policy(fall=-4.0, low=low, high=high)}, [], None, JUDGE)
-    assert answer in found["what_to_do"]
-    assert "-4.00 nats" in found["text"]
+def test_is_it_broken_is_answered_by_the_judge(low, high, state, answer):
+    found = next(
+        c for c in checks({"dpo": policy(fall=-4.0, low=low, high=high, history=FALLING)}) if c.kind[:6] == "chosen"
+    )
+    assert found.state == state
+    assert answer in found.what_to_do
+    assert "-4.00 nats" in found.text
+    assert "margins grew" in found.text
+    assert warnings_of([found]) == [{"kind": found.kind, "text": found.text, "what_to_do": found.what_to_do}]
 
 
-def test_numbers_that_do_not_exist_warn_of_nothing():
-    nothing = {"kl_policy_ref": {"mean": None}, "chosen_logp_change": None}
-    assert kinds({"dpo": nothing}, [member(correlation=None), member(correlation=0.9)], None, {}) == []
+def test_conservatism_is_judged_where_the_ensemble_agrees():
+    """A policy that stays put where members contradict one another does what it was asked to."""
+    stays = {"kl": 0.02, "asked": 0.9, "prompts": 60}
+    found = next(c for c in checks({"e-dpo": policy(kl=2.0, agreed=stays)}) if c.kind == "over-conservative")
+    assert (found.state, found.value) == ("ill", 0.02)
+    assert "at least 0.90" in found.text
+    flat = {"kl": 0.02, "asked": 0.01, "prompts": 60}
+    found = next(c for c in checks({"e-dpo": policy(agreed=flat)}) if c.kind == "over-conservative")
+    assert "Lower distill.beta" in found.what_to_do
+    moved = {"kl": 0.5, "asked": 0.9, "prompts": 60}
+    assert ill({"e-dpo": policy(kl=0.05, agreed=moved)}) == []
+
+
+def test_numbers_that_do_not_exist_are_not_known():
+    nothing = {
+        "kl_policy_ref": {"mean": None},
+        "chosen_logp_change": None,
+        "beyond": {"share": None, "reference_share": None, "member": "m"},
+    }
+    members = [member(correlation=None), member(correlation=0.9)]
+    found = check_run({"dpo": nothing}, members, None, {})
+    assert [c.state for c in found] == ["unknown"] * 5 + ["healthy"] * 2
+    assert warnings_of(found) == []
+
+
+# -- figures of reward models ------------------------------------------------------------------------------------------
 
 
 def test_member_figures_of_a_member_that_knows_its_odds():
     rng = np.random.default_rng(0)
     margins = rng.normal(0, 2, 20_000)
     margins = np.where(rng.random(20_000) < 1 / (1 + np.exp(-margins)), margins, -margins)
-    found = member_figures(margins, [np.array([1.0, 2.0, 4.0])], [np.array([10, 20, 40])])
+    longer = rng.normal(0, 5, 20_000)
+    found = member_figures(margins, longer, [np.array([1.0, 2.0, 4.0])], [np.array([10, 20, 40])])
     assert found["ece"] < 0.01
     assert found["accuracy"] == pytest.approx((margins > 0).mean())
     assert found["length_correlation"] == pytest.approx(1.0)
+    assert abs(found["error_length_correlation"]) < 0.02
 
 
 def test_length_correlation_is_within_prompts():
@@ -80,6 +161,52 @@ def test_length_correlation_is_within_prompts():
     assert within_prompt_correlation(rewards, lengths) == pytest.approx(1.0)
     assert np.corrcoef(np.concatenate(rewards), np.concatenate(lengths))[0, 1] < -0.9
     assert within_prompt_correlation([np.ones(3)], [np.arange(3)]) is None
+
+
+@pytest.mark.parametrize(("liked", "low", "high"), [(0.0, -0.02, 0.02), (0.2, 0.2, 1.0), (-0.2, -1.0, -0.2)])
+def test_errors_go_with_length_only_beyond_what_the_labels_like(liked, low, high):
+    """Labels like length; a member that likes it as much makes no error with it, one that likes it more does."""
+    rng = np.random.default_rng(1)
+    n = 40_000
+    quality, length = rng.normal(0, 1, n), rng.normal(0, 5, n)
+    truth = quality + 0.15 * length
+    first = rng.random(n) < special.expit(truth)
+    turn = np.where(first, 1.0, -1.0)  # so that the chosen one comes first
+    member = turn * (truth + liked * length)
+    found = error_length_correlation(member, turn * length)
+    assert low <= found <= high
+    # Both ways round, spelt out.
+    error = np.concatenate([special.expit(member) - 1, 1 - special.expit(member)])
+    both = np.concatenate([turn * length, -turn * length])
+    assert found == pytest.approx(stats.pearsonr(error, both)[0])
+    assert error_length_correlation(member, np.zeros(n)) is None
+
+
+def test_where_an_ensemble_agrees():
+    agree, half, never = (
+        np.array([[1.0, 2.0], [3.0, 1.0]]),
+        np.array([[1.0, 2.0], [3.0, -1.0]]),
+        np.array([[1.0], [-1.0]]),
+    )
+    assert agreeing_prompts([agree, half, never, never]).tolist() == [True, True, False, False]
+    assert agreeing_prompts([agree, np.zeros((2, 0))]).tolist() == [True, False]
+    assert agreeing_prompts([np.zeros((2, 0))]).tolist() == [False]
+
+
+def test_asked_kl_is_that_of_the_tilted_samples():
+    rewards = np.array([[0.0, 1.0, 2.0], [5.0, 5.0, 5.0]])
+    q = tilted(np.full((1, 3), 1 / 3), rewards[:1], 0.5)[0]
+    assert asked_kl(rewards, 0.5) == pytest.approx([float((q * np.log(q * 3)).sum()), 0.0])
+    assert asked_kl(np.array([[0.0, 1000.0]]), 0.1) == pytest.approx([math.log(2)])
+
+
+def test_beyond_training_counts_what_no_sibling_came_near():
+    training = [np.array([0.0, 1.0]), np.array([5.0, 5.5, 6.0]), np.array([7.0])]
+    assert sorted(centred_rewards(training)) == pytest.approx([-1.0, -0.75, 0.0, 0.75, 1.0])
+    labelled = [np.array([10.0, 12.0])]
+    sampled = np.array([[11.9, 12.1, 10.1, 9.0]])  # +0.9, +1.1, -0.9, -2.0 beside the labelled ones' mean
+    assert beyond_training(sampled, labelled, training) == 0.5
+    assert beyond_training(sampled, labelled, [np.array([7.0])]) is None
 
 
 def test_disagreement():

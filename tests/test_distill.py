@@ -22,7 +22,8 @@ from prefdistill.data.tree import Tree
 from prefdistill.errors import ConfigError, DataError
 from prefdistill.models.loading import add_lora
 from prefdistill.scoring import Column, fill_columns, logps_forward
-from prefdistill.training.distill import DistillConfig, DistillExample, DistillTrainer, degenerates
+from prefdistill.training.degeneracy import degenerates
+from prefdistill.training.distill import DistillConfig, DistillExample, DistillTrainer
 from prefdistill.training.methods import METHODS, LossOptions, pair_losses
 from prefdistill.training.pessimism import mixture_of, promises
 from prefdistill.training.sft import SFTTrainer

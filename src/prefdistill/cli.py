@@ -23,6 +23,7 @@ COMMANDS = {
 # Commands that are no stage of a run: what they do, and the module whose `main` takes their flags.
 OTHERS = {
     "bias": ("D_rho of any data: a fraction rho of the pairs prefers the longer response", "prefdistill.commands.bias"),
+    "diagnose": ("what ails a run, with numbers, thresholds and remedies", "prefdistill.commands.diagnose"),
     "experiment": ("length-bias: the paper's sweep over biased labels", "prefdistill.commands.experiment"),
     "theory": ("the paper's claims in a small exact world, as a page", "prefdistill.commands.theory"),
 }

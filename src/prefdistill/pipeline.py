@@ -15,7 +15,7 @@ from prefdistill.errors import ConfigError
 from prefdistill.evaluation.judges import is_oracle, load_oracle
 from prefdistill.manifest import Manifest, StageRecord, file_fingerprint, fingerprint_of
 from prefdistill.scoring import model_fingerprint
-from prefdistill.stages import distill, evaluate, members, prepare, report
+from prefdistill.stages import distill, draw, evaluate, members, prepare, report
 from prefdistill.stages.run import Run
 from prefdistill.training.methods import METHODS
 
@@ -218,7 +218,7 @@ def _drawing(job: Run, method: str, common: dict[str, Any]) -> Stage:
         [e.split, e.samples, e.max_new_tokens, e.temperature, e.top_p, common],
         ("data", "reference" if method == "reference" else f"distill:{method}"),
         SAMPLE_PASSES * (2 if method == "reference" else 1) * 0.5,
-        lambda _: evaluate.draw(job, method),
+        lambda _: draw.draw(job, method),
     )
 
 

@@ -219,10 +219,10 @@ def _pool_pad(model: TreeModel) -> int | None:
 
 
 def _missing(columns: dict[str, Column], tree: Tree) -> Tree | None:
-    lacking = tuple(
+    lacking = [
         r for r in tree.responses if any(response_key(tree.prompt_ids, r) not in c.values for c in columns.values())
-    )
-    return Tree(tree.prompt_ids, lacking) if lacking else None
+    ]
+    return Tree(tree.prompt_ids, tuple(dict.fromkeys(lacking))) if lacking else None
 
 
 def _shards(trees: Sequence[Tree], token_budget: int) -> Iterator[list[list[Tree]]]:

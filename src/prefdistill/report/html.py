@@ -37,7 +37,8 @@ def write_report(run: Mapping[str, Any]) -> str:
     Args:
         run: ``title``, ``generated``, ``version``; ``summary`` (``verdict``, ``prompts``, ``judge``, ``methods``,
             ``tests``); ``training``, a record a method; ``members`` and ``ensemble_mean``; ``disagreement``;
-            ``mixtures``, a record a method; ``samples``; ``warnings``; ``config`` (YAML); ``environment``; ``stages``.
+            ``mixtures``, a record a method; ``samples``; ``warnings``; ``checks``; ``config`` (YAML); ``environment``;
+            ``stages``.
 
     Raises:
         ValueError: if title, summary or the verdict in it is missing.
@@ -60,6 +61,7 @@ def write_report(run: Mapping[str, Any]) -> str:
         "methods": [(name, methods[name]) for name in _in_order(methods)],
         "tests": [_mapping(test) for test in _sequence(summary.get("tests"))],
         "warnings": [_mapping(warning) for warning in _sequence(run.get("warnings"))],
+        "checks": [_mapping(check) for check in _sequence(run.get("checks"))],
         "training": [(name, _ends(training[name])) for name in _in_order(training)],
         "members": members,
         "ensemble_mean": _mapping(run.get("ensemble_mean")),

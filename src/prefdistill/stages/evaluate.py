@@ -1,86 +1,37 @@
-"""Stages `evaluate:METHOD` and `evaluate`: samples, their scores and log-probs, and what they say."""
+"""Stage `evaluate`: scores and log-probs of the samples, and what they say."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from prefdistill.atomic import write_json
 from prefdistill.data.table import PromptGroup, in_split, plain_text, response_lengths
 from prefdistill.data.tree import Tree
 from prefdistill.evaluation.compare import Drawn, compare, verdict, wald_tests
-from prefdistill.evaluation.diagnosis import disagreement, member_figures, warnings_of
+from prefdistill.evaluation.diagnosis import warnings_of
 from prefdistill.evaluation.judges import describe, is_oracle, load_oracle
-from prefdistill.evaluation.sampling import Sample, SamplingOptions, sample
+from prefdistill.evaluation.rewards import disagreement, member_figures
+from prefdistill.evaluation.sampling import Sample
 from prefdistill.models.loading import load_policy
 from prefdistill.scoring import Column, fill_columns, logps_forward, model_fingerprint
-from prefdistill.stages.members import encoder_of, fill_rewards, member_folders, member_rewards
+from prefdistill.stages.diagnose import diagnose, fill_sample_rewards
+from prefdistill.stages.draw import held_out_groups, policy_column, policy_of, read_samples
+from prefdistill.stages.members import (
+    encoder_of,
+    fill_reference,
+    fill_rewards,
+    member_folders,
+    member_rewards,
+    response_trees,
+)
 from prefdistill.stages.run import Run
 
 VERSION = 1
-SAMPLE_BUDGET = 6  # times the scoring budget: sampling keeps keys and values, not logits of every position
-
-
-def policy_of(run: Run, method: str) -> str:
-    return run.reference if method == "reference" else str(run.policy_path(method))
-
-
-def samples_path(run: Run, method: str) -> Path:
-    return run.root / "evaluation" / "samples" / f"{method}.json"
-
-
-def held_out_groups(run: Run) -> list[PromptGroup]:
-    """The prompts of evaluate.split: no policy and no member was trained on them."""
-    return in_split(run.groups, run.config.evaluate.split)
-
-
-def draw(run: Run, method: str) -> tuple[list[Path], str]:
-    """Samples of a policy on the held-out prompts.
-
-    The reference draws twice as many: every method is compared with all of them, and their second half with the first
-    as if it were a method, which shows how much of a difference is chance.
-    """
-    options, groups = run.config.evaluate, held_out_groups(run)
-    n = options.samples * (2 if method == "reference" else 1)
-    honest = options.temperature == 1 and options.top_p == 1
-    model = load_policy(policy_of(run, method), trust_remote_code=run.config.trust_remote_code).to(run.device)
-    streams: dict[str, list[list[Sample]]] = {}
-    wanted = [("samples", n, options.temperature, options.top_p, run.config.seed)]
-    if not honest:
-        # KL is that of the policy itself, not of its sharpened self: it gets samples of its own.
-        wanted.append(("kl_samples", 1, 1.0, 1.0, run.config.seed + 1))
-    with run.progress(len(groups) * len(wanted), "prompts") as tick:
-        for name, count, temperature, top_p, seed in wanted:
-            streams[name] = sample(
-                model,
-                [g.ids for g in groups],
-                n=count,
-                end_ids=run.encoder.end_ids,
-                # Methods share their random numbers: the same luck for both sides of a comparison.
-                options=SamplingOptions(options.max_new_tokens, temperature, top_p, seed),
-                precision=run.precision,
-                token_budget=SAMPLE_BUDGET * run.config.score.token_budget,
-                progress=tick,
-            )
-    del model
-    written = {
-        name: [[{"ids": s.ids, "finished": s.finished} for s in d] for d in drawn] for name, drawn in streams.items()
-    }
-    write_json(samples_path(run, method), written)
-    lengths = [len(s.ids) for d in streams["samples"] for s in d]
-    return [samples_path(run, method)], (
-        f"{method}: {n} samples for each of {len(groups)} prompts, {np.mean(lengths):.1f} tokens on average"
-    )
-
-
-def read_samples(run: Run, method: str, name: str = "samples") -> list[list[Sample]]:
-    written = json.loads(samples_path(run, method).read_text(encoding="utf-8"))
-    drawn = written.get(name, written["samples"])
-    return [[Sample(tuple(s["ids"]), s["finished"]) for s in d] for d in drawn]
 
 
 # -- scores --------------------------------------------------------------------------------------------------------
@@ -101,21 +52,10 @@ def _judge(
         scores = load_oracle(name)(rows, [plain_text(t) for ts in texts for t in ts])
         return np.asarray(scores, dtype=np.float64).reshape(len(groups), -1)
     folder = str(run.judge_path) if name == "heldout" else name
-    encoder = encoder_of(run, folder)
-    trees, index = [], []
-    for g, ts, fs in zip(groups, texts, finished, strict=True):
-        prompt = encoder.prompt_ids(g.prompt).ids
-        # A sample cut off before its first letter has no token to stand on; it is judged as one that ended at once.
-        known = [
-            encoder.response_ids(g.prompt, t, finished=f) or encoder.response_ids(g.prompt, t) or ()
-            for t, f in zip(ts, fs, strict=True)
-        ]
-        distinct = tuple(dict.fromkeys(known))
-        trees.append(Tree(prompt, distinct))
-        index.append([distinct.index(i) for i in known])
+    trees = response_trees(encoder_of(run, folder), groups, texts, finished)
     column = run.column(f"judge-{who}", model_fingerprint(folder, run.precision))
     fill_rewards(run, column, folder, trees)
-    return np.stack([column.of(t)[i] for t, i in zip(trees, index, strict=True)])
+    return np.stack([column.of(t) for t in trees])
 
 
 def judge_facts(run: Run, groups: list[PromptGroup]) -> dict[str, Any]:
@@ -138,19 +78,13 @@ def judge_facts(run: Run, groups: list[PromptGroup]) -> dict[str, Any]:
 # -- log-probs -----------------------------------------------------------------------------------------------------
 
 
-def logps_of(run: Run, method: str, trees: list[Tree]) -> Column:
-    """A policy's log-probs of these responses, kept as a column."""
-    folder = policy_of(run, method)
-    name = "reference-logps" if method == "reference" else f"policy-{method}"
-    column = run.column(name, model_fingerprint(folder, run.precision))
-
-    def load() -> torch.nn.Module:
-        return load_policy(folder, trust_remote_code=run.config.trust_remote_code).to(run.device)
-
+def fill_policy(run: Run, method: str, trees: list[Tree]) -> Column:
+    """A policy's log-probs, kept as a column, with what it lacked of these responses."""
+    column = policy_column(run, method)
     fill_columns(
         {"logps": column},
         trees,
-        load,
+        lambda: load_policy(policy_of(run, method), trust_remote_code=run.config.trust_remote_code).to(run.device),
         logps_forward,
         token_budget=run.config.score.token_budget,
         precision=run.precision,
@@ -176,13 +110,13 @@ def compare_all(run: Run) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarr
         + [_tree_of(g) for g in training]
         for m in names
     }
-    start = logps_of(run, "reference", [t for m in names for t in trees[m]])
+    start = fill_reference(run, [t for m in names for t in trees[m]])[0]["logps"]
     scores = {m: score_samples(run, groups, drawn[m], m) for m in names}
     facts = {m: _drawn(drawn[m], scores[m]) for m in names}
     n = run.config.evaluate.samples
     figures = {}
     for m in names:
-        policy = start if m == "reference" else logps_of(run, m, trees[m])
+        policy = start if m == "reference" else fill_policy(run, m, trees[m])
         change = [dict(zip(t.responses, policy.of(t) - start.of(t), strict=True)) for t in trees[m]]
         held_out, seen = change[: len(groups)], change[len(groups) :]
         # The reference's own row is chance: the second half of its samples against the first.
@@ -227,8 +161,13 @@ def ensemble_facts(run: Run) -> dict[str, Any]:
     test = [i for i, g in enumerate(groups) if g.split == run.config.evaluate.split]
     lengths = [response_lengths(groups[i]) for i in test]
 
-    def margins(member: list[np.ndarray]) -> np.ndarray:
-        return np.array([member[i][c] - member[i][r] for i in test for c, r in groups[i].pairs])
+    def margins(values: Sequence[np.ndarray]) -> np.ndarray:
+        """Chosen less rejected over the held-out pairs, from a prompt -> [R]."""
+        return np.array([x[c] - x[r] for x, i in zip(values, test, strict=True) for c, r in groups[i].pairs])
+
+    def figures_of(member: list[np.ndarray]) -> dict[str, Any]:
+        held_out = [member[i] for i in test]
+        return member_figures(margins(held_out), margins(lengths), held_out, lengths)
 
     facts = []
     for k, (folder, member) in enumerate(zip(member_folders(run), rewards, strict=True)):
@@ -241,18 +180,18 @@ def ensemble_facts(run: Run) -> dict[str, Any]:
                 "folder": folder,
                 "resample": training["resample"],
                 "temperature": 1 / training["scale"] if training.get("scale") else None,
-                **member_figures(margins(member), [member[i] for i in test], lengths),
+                **figures_of(member),
             }
         )
     mean = [np.mean([member[i] for member in rewards], axis=0) for i in range(len(groups))]
     return {
         "members": facts,
         "ensemble_mean": {
-            "name": "mean of the members",
+            "name": "mean of members",
             "resample": "",
-            **member_figures(margins(mean), [mean[i] for i in test], lengths),
+            **figures_of(mean),
         },
-        "disagreement": disagreement(np.stack([margins(m) for m in rewards])),
+        "disagreement": disagreement(np.stack([margins([m[i] for i in test]) for m in rewards])),
     }
 
 
@@ -260,17 +199,18 @@ def ensemble_facts(run: Run) -> dict[str, Any]:
 
 
 def summarise(run: Run) -> tuple[list[Path], str]:
-    """evaluation/summary.json, ensemble.json, scores.json and side_by_side.json."""
+    """evaluation/summary.json, ensemble.json, scores.json, side_by_side.json and diagnosis.json."""
     groups = held_out_groups(run)
     methods, scores = compare_all(run)
     judge = judge_facts(run, groups)
     tests = wald_tests({m: scores[m] for m in run.config.methods}, run.config.seed)
     ensemble = ensemble_facts(run) if run.config.needs_rewards else {}
+    if ensemble:
+        fill_sample_rewards(run)
+    checks = diagnose(run, methods, ensemble, judge)
     said = verdict(run.config.primary, methods, tests, "the oracle" if is_oracle(judge["name"]) else "the judge")
-    folder = run.root / "evaluation"
-    write_json(
-        folder / "summary.json",
-        {
+    written = {
+        "summary": {
             "version": VERSION,
             "verdict": said,
             "prompts": len(groups),
@@ -279,13 +219,17 @@ def summarise(run: Run) -> tuple[list[Path], str]:
             "judge": judge,
             "methods": methods,
             "tests": tests,
-            "warnings": warnings_of(methods, ensemble.get("members", []), ensemble.get("ensemble_mean"), judge),
+            "warnings": warnings_of(checks),
         },
-    )
-    write_json(folder / "ensemble.json", ensemble)
-    write_json(folder / "scores.json", {m: s.tolist() for m, s in scores.items()})
-    write_json(folder / "side_by_side.json", side_by_side(run, groups, scores))
-    return [folder / f"{n}.json" for n in ("summary", "ensemble", "scores", "side_by_side")], said
+        "ensemble": ensemble,
+        "scores": {m: s.tolist() for m, s in scores.items()},
+        "side_by_side": side_by_side(run, groups, scores),
+        "diagnosis": {"version": VERSION, "checks": [c.as_dict() for c in checks]},
+    }
+    folder = run.root / "evaluation"
+    for name, value in written.items():
+        write_json(folder / f"{name}.json", value)
+    return [folder / f"{name}.json" for name in written], said
 
 
 def side_by_side(run: Run, groups: list[PromptGroup], scores: dict[str, np.ndarray]) -> list[dict[str, Any]]:

@@ -89,9 +89,9 @@ def reference_columns(run: Run) -> dict[str, Column]:
     return columns
 
 
-def make_reference(run: Run) -> tuple[list[Path], str]:
+def fill_reference(run: Run, trees: Sequence[Tree]) -> tuple[dict[str, Column], int]:
+    """The reference's columns with what they lacked of these trees, and how many responses were computed."""
     columns = reference_columns(run)
-    trees = [g.tree for g in run.groups]
     computed = fill_columns(
         columns,
         trees,
@@ -102,6 +102,12 @@ def make_reference(run: Run) -> tuple[list[Path], str]:
         pool_pad_id=classifier_pad(run),
         progress=run.progress,
     )
+    return columns, computed
+
+
+def make_reference(run: Run) -> tuple[list[Path], str]:
+    trees = [g.tree for g in run.groups]
+    columns, computed = fill_reference(run, trees)
     total = sum(len(t.responses) for t in trees)
     what = "log-probs and features" if "features" in columns else "log-probs"
     return _files(columns.values()), f"reference {what} of {total} responses, {total - computed} found from before"
@@ -288,6 +294,21 @@ def member_trees(run: Run, groups: Sequence[PromptGroup], encoder: Encoder) -> l
     return trees
 
 
+def response_trees(
+    encoder: Encoder, groups: Sequence[PromptGroup], texts: Sequence[Sequence[Any]], finished: Sequence[Sequence[bool]]
+) -> list[Tree]:
+    """Responses given as text, in the tokens of a reward model; one tree a prompt, in the texts' order."""
+    trees = []
+    for g, ts, fs in zip(groups, texts, finished, strict=True):
+        # A sample cut off before its first letter has no token to stand on; it is judged as one that ended at once.
+        known = [
+            encoder.response_ids(g.prompt, t, finished=f) or encoder.response_ids(g.prompt, t) or ()
+            for t, f in zip(ts, fs, strict=True)
+        ]
+        trees.append(Tree(encoder.prompt_ids(g.prompt).ids, tuple(known)))
+    return trees
+
+
 def encoder_of(run: Run, folder: str) -> Encoder:
     """The encoder of a reward model: the run's own where its tokenizer is the same."""
     tokenizer = load_tokenizer(folder, trust_remote_code=run.config.trust_remote_code)
@@ -330,16 +351,20 @@ def make_rewards(run: Run) -> tuple[list[Path], str]:
         trees = member_trees(run, groups, encoder_of(run, folder))
         total += sum(len(t.responses) for t in trees)
         columns.append(column)
-        if "features" in references and _features_of(folder) == references["features"].fingerprint:
-            computed += _rewards_from_features(run, column, folder, trees)
-            continue
-        run.say(f"rewards of {folder}")
-        computed += fill_rewards(run, column, folder, trees)
+        computed += fill_rewards_of(run, column, folder, trees)
     scored = run.root / "data" / "scored.parquet"
     logps = references["logps"]
     write_scored(scored, groups, [logps.of(g.tree) for g in groups], member_rewards(run, groups))
     said = f"{len(folders)} reward columns, {computed} values computed, {total - computed} found"
     return [*_files(columns), scored], said
+
+
+def fill_rewards_of(run: Run, column: Column, folder: str, trees: Sequence[Tree]) -> int:
+    """A member's rewards for what its column lacks, from the reference's features where it is a head on them."""
+    features = reference_columns(run).get("features")
+    if features is not None and _features_of(folder) == features.fingerprint:
+        return _rewards_from_features(features, column, folder, trees)
+    return fill_rewards(run, column, folder, trees)
 
 
 def fill_rewards(run: Run, column: Column, folder: str, trees: Sequence[Tree]) -> int:
@@ -356,14 +381,13 @@ def fill_rewards(run: Run, column: Column, folder: str, trees: Sequence[Tree]) -
     )
 
 
-def _rewards_from_features(run: Run, column: Column, folder: str, trees: Sequence[Tree]) -> int:
+def _rewards_from_features(features: Column, column: Column, folder: str, trees: Sequence[Tree]) -> int:
     """A head's rewards are one matrix product with features that the reference pass left: no forward."""
     from safetensors.numpy import load_file
 
     from prefdistill.data.table import response_key
 
     head = load_file(str(Path(folder) / "model-00002-of-00002.safetensors"))["score.weight"][0].astype(np.float64)
-    features = reference_columns(run)["features"]
     keys = [response_key(t.prompt_ids, r) for t in trees for r in t.responses]
     missing = list(dict.fromkeys(k for k in keys if k not in column.values))
     unknown = [k for k in missing if k not in features.values]

@@ -30,6 +30,7 @@ def make_report(run: Run, manifest: Manifest) -> tuple[list[Path], str]:
             **ensemble,
             "samples": _read(folder / "side_by_side.json"),
             "warnings": summary["warnings"],
+            "checks": _read(folder / "diagnosis.json")["checks"],
             "config": run.config.as_yaml(),
             "environment": _environment(run),
             "stages": [{"name": n, "seconds": r.seconds, "said": r.said} for n, r in manifest.stages.items()],

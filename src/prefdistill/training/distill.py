@@ -15,6 +15,7 @@ from prefdistill import losses
 from prefdistill.data.tree import Tree, TreeBatch
 from prefdistill.ensemble import Mixture
 from prefdistill.errors import ConfigError, DataError
+from prefdistill.training.degeneracy import degenerates
 from prefdistill.training.methods import LossOptions, all_pairs, method_named, pair_losses, target_margins
 from prefdistill.training.pessimism import HULLS, mixed, mixture_of
 from prefdistill.training.trees import TreeTrainer
@@ -22,8 +23,6 @@ from prefdistill.training.trees import TreeTrainer
 logger = logging.getLogger(__name__)
 
 PESSIMISMS = ("pair", "batch", *HULLS)
-FALL_NATS = 1.0
-LOGS_TO_JUDGE = 4
 
 
 @dataclass(frozen=True)
@@ -255,18 +254,3 @@ class DistillTrainer(TreeTrainer):
                     self.args.method,
                     -logs["logps/chosen_change"],
                 )
-
-
-def degenerates(history: Sequence[tuple[float, float]]) -> bool:
-    """Whether (chosen log-prob change, margin) over the log lines shows DPO's degeneracy (Proposition 1).
-
-    The later half's mean chosen log-prob lies at least FALL_NATS below the start and below the earlier half's, while
-    the margin is positive and larger than in the earlier half.
-    """
-    if len(history) < LOGS_TO_JUDGE:
-        return False
-    half = len(history) // 2
-    mean = lambda part, i: sum(x[i] for x in part) / len(part)  # noqa: E731
-    early, late = history[:half], history[half:]
-    falls = mean(late, 0) <= -FALL_NATS and mean(late, 0) < mean(early, 0)
-    return falls and mean(late, 1) > max(0.0, mean(early, 1))
