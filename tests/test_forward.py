@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -107,6 +108,34 @@ def test_models_that_do_not_fit_take_the_plain_path_and_say_so(family, caplog):
         ours = model.logps(model.collate(trees))
         truth = one_at_a_time(model.model, trees)
     torch.testing.assert_close(ours, truth, atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("attribute", ["lm_head_multiplier", None])
+def test_a_model_with_a_scaling_nobody_knows_is_asked_for_its_own_logits(attribute, caplog):
+    """A family that multiplies its logits under a name of its own: the probe sees it, the log-probs are its own."""
+
+    class Scaled(transformers.LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            out.logits = out.logits * getattr(self.config, "lm_head_multiplier", 1.0)
+            return out
+
+    plain = tiny("llama")
+    config = plain.config
+    if attribute:
+        setattr(config, attribute, 2.0)
+    raw = Scaled(config)
+    raw.load_state_dict(plain.state_dict())
+    raw.eval()
+    with caplog.at_level(logging.WARNING):
+        model = TreeModel(raw)
+    assert sum("way of its own" in r.message for r in caplog.records) == bool(attribute)
+    trees = [Tree((5, 6, 7), ((20, 21, 22, 2), (23, 2))), Tree((9,), ((30, 31),))]
+    with torch.no_grad():
+        ours = model.logps(model.collate(trees))
+        torch.testing.assert_close(ours, one_at_a_time(raw, trees), atol=1e-4, rtol=1e-6)
+    model.logps(model.collate(trees)).sum().backward()
+    assert all(p.grad is not None for p in raw.parameters())
 
 
 def test_eager_attention_takes_the_tree_path():

@@ -26,7 +26,8 @@ from prefdistill.atomic import fresh_file
 from prefdistill.data.table import response_key
 from prefdistill.data.tree import Tree, batches_by_tokens
 from prefdistill.errors import ConfigError, DataError
-from prefdistill.models.forward import TreeModel, device_of
+from prefdistill.models.backbone import device_of
+from prefdistill.models.forward import TreeModel
 from prefdistill.models.loading import (
     ADAPTER,
     ADAPTER_CONFIG,

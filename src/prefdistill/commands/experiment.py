@@ -24,6 +24,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("name", choices=["length-bias"])
     parser.add_argument("--rhos", type=_numbers, help="fractions, e.g. 0.2,0.5,0.8")
+    parser.add_argument("--member-rhos", type=_numbers, help="further rho whose reward models join the ensemble")
     parser.add_argument("--methods", type=_names, help="e.g. dpo,d-dpo,e-dpo; dpo must be among them")
     parser.add_argument("--seeds", type=_whole, default=(0,), help="e.g. 0,1,2")
     parser.add_argument("--quick", action="store_true", help="two rho, four methods, fewer prompts")
@@ -44,6 +45,7 @@ def main(argv: list[str]) -> int:
         options.rhos or (QUICK_RHOS if options.quick else RHOS),
         options.methods or (QUICK_METHODS if options.quick else METHODS),
         options.seeds,
+        options.member_rhos,
     )
     quiet()
     table = run_sweep(sweep)

@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from prefdistill.models.forward import device_of
+from prefdistill.models.backbone import device_of
 from prefdistill.models.precision import autocast
 
 

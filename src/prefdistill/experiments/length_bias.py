@@ -40,12 +40,19 @@ class Sweep:
 
     Attributes:
         config: of each run; its output_dir is the sweep's, its methods, dataset.rho and reward models are set here.
+        member_rhos: the rho whose reward models make the ensemble, those of `rhos` always among them (None: no more).
     """
 
     config: RunConfig
     rhos: tuple[float, ...] = RHOS
     methods: tuple[str, ...] = METHODS
     seeds: tuple[int, ...] = (0,)
+    member_rhos: tuple[float, ...] | None = None
+
+    @property
+    def ensemble(self) -> tuple[float, ...]:
+        """Every rho that has a reward model."""
+        return tuple(sorted({*self.rhos, *(self.member_rhos or ())}))
 
     def check(self) -> None:
         """Raises ConfigError, naming the option, for a sweep that cannot be run."""
@@ -66,7 +73,7 @@ def run_sweep(sweep: Sweep) -> dict[str, Any]:
     rate, pairs = _natural(sweep)
     for seed in sweep.seeds:
         # The reward models of all rho first: every run is pessimistic over all of them.
-        for rho in sweep.rhos:
+        for rho in sweep.ensemble:
             pipeline.run(_config(sweep, seed, rho, pairs, others=False), until="reward")
         for rho in sweep.rhos:
             pipeline.run(_config(sweep, seed, rho, pairs, others=True))
@@ -88,7 +95,7 @@ def _config(sweep: Sweep, seed: int, rho: float, pairs: int, *, others: bool) ->
     config.reward.members, config.reward.resample = 1, "all"
     if others:
         config.reward.pretrained = [
-            str(run_folder(root, seed, other) / "reward" / "member-0") for other in sweep.rhos if other != rho
+            str(run_folder(root, seed, other) / "reward" / "member-0") for other in sweep.ensemble if other != rho
         ]
         own = {m: {"members": [0]} for m in OWN_REWARD if m in sweep.methods}
         config.distill.per_method = {
@@ -102,7 +109,7 @@ def _natural(sweep: Sweep) -> tuple[float, int]:
     job = Run(sweep.config)
     groups, _ = encode_pairs(job, read_pairs(job)[0])
     signs = longer_chosen(in_split(groups, "train"))
-    return float((signs > 0).sum() / max(1, (signs != 0).sum())), common_size(signs, sweep.rhos)
+    return float((signs > 0).sum() / max(1, (signs != 0).sum())), common_size(signs, sweep.ensemble)
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------
@@ -148,6 +155,7 @@ def collect(root: Path, sweep: Sweep, *, natural_rate: float, pairs: int) -> dic
     return {
         "version": VERSION,
         "rhos": list(sweep.rhos),
+        "member_rhos": list(sweep.ensemble),
         "methods": list(sweep.methods),
         "seeds": list(sweep.seeds),
         "natural_rate": natural_rate,

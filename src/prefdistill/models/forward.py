@@ -19,37 +19,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from prefdistill.data.tree import Tree, TreeBatch, collate_plain, collate_trees, tree_mask
+from prefdistill.errors import ConfigError
+from prefdistill.models.backbone import backbone_of, device_of, unwrap
 
 logger = logging.getLogger(__name__)
 
 Path = Literal["tree", "plain"]
 HEAD_CHUNK = 256
 PROBE_WINDOW = 4
-
-
-def unwrap(model: Any) -> Any:
-    """The transformers model inside PEFT's and distributed wrappers (adapters stay in its layers)."""
-    while True:
-        if hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        else:
-            return model
-
-
-def backbone_of(model: nn.Module) -> nn.Module:
-    """The part that maps tokens to final hidden states, [B, T] -> [B, T, H]."""
-    core: Any = unwrap(model)
-    decoder = core.get_decoder() if hasattr(core, "get_decoder") else None
-    if decoder is not None and decoder is not core:
-        return decoder
-    inner = getattr(core, core.base_model_prefix, None)
-    return inner if isinstance(inner, nn.Module) else core
-
-
-def device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
 
 
 class TreeModel:
@@ -67,12 +44,14 @@ class TreeModel:
         self.config: Any = self.core.config.get_text_config()
         self.pad_id = int(self.config.pad_token_id or 0)
         self._mask_form = "plain"
+        self._own_logits = False
         if path is None:
             self.path, self._mask_form = _probe(self)
         else:
             self.path = path
             if path == "tree":
                 self._mask_form = _mask_forms(self.config)[0]
+        self._own_logits = not _head_is_known(self)
 
     def collate(self, trees: Sequence[Tree], *, pool_pad_id: int | None = None) -> TreeBatch:
         """The batch that this model's path reads, on its device."""
@@ -81,11 +60,23 @@ class TreeModel:
 
     def hidden(self, batch: TreeBatch) -> Tensor:
         """Final hidden states, [B * T, H]."""
+        out = self.backbone(**self._inputs(batch))
+        states = getattr(out, "last_hidden_state", None)
+        if states is None:
+            raise ConfigError(
+                f"{type(self.core).__name__} gives no hidden states where other causal models of transformers do; it "
+                "cannot be trained or scored here"
+            )
+        return states.flatten(0, 1)
+
+    def _inputs(self, batch: TreeBatch) -> dict[str, Any]:
         mask: Any = (batch.segments >= 0).long() if batch.kind == "plain" else self._masks(batch)
-        out = self.backbone(
-            input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
-        )
-        return out.last_hidden_state.flatten(0, 1)
+        return {
+            "input_ids": batch.input_ids,
+            "attention_mask": mask,
+            "position_ids": batch.position_ids,
+            "use_cache": False,
+        }
 
     def _masks(self, batch: TreeBatch) -> Any:
         window = getattr(self.config, "sliding_window", None)
@@ -107,16 +98,26 @@ class TreeModel:
         dtype = next(self.backbone.parameters()).dtype
         return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
 
-    def token_logps(self, hidden: Tensor, batch: TreeBatch) -> Tensor:
-        """Log-probs of the response tokens, [N] float32, from `hidden`; the head runs at these positions only."""
+    def token_logps(self, batch: TreeBatch, hidden: Tensor | None = None) -> Tensor:
+        """Log-probs of the response tokens, [N] float32; the head runs at these positions only.
+
+        A model whose logits are not its head of its hidden states, scaled in a known way, is asked for them itself.
+        """
+        if self._own_logits:
+            return self._model_token_logps(batch)
+        hidden = self.hidden(batch) if hidden is None else hidden
         return chunked_token_logps(self.core, self.config, hidden[batch.source], batch.target)
+
+    def _model_token_logps(self, batch: TreeBatch) -> Tensor:
+        logits = self.core(**self._inputs(batch)).logits.flatten(0, 1)[batch.source].float()
+        return logits.log_softmax(-1).gather(1, batch.target[:, None])[:, 0]
 
     def logps(self, batch: TreeBatch, hidden: Tensor | None = None) -> Tensor:
         """log pi(y|x) of every response in nats: the SUM over its tokens, end token included, [R] float64.
 
         Summed in float64, since a float32 sum of 100 tokens loses 1e-5 by itself.
         """
-        tokens = self.token_logps(self.hidden(batch) if hidden is None else hidden, batch)
+        tokens = self.token_logps(batch, hidden)
         total = torch.zeros(batch.responses, dtype=torch.float64, device=tokens.device)
         return total.index_add(0, batch.response_of, tokens.double())
 
@@ -234,6 +235,37 @@ def _probe(model: TreeModel) -> tuple[Path, str]:
         else "",
     )
     return "plain", "plain"
+
+
+def _head_is_known(model: TreeModel) -> bool:
+    """Whether log-probs from hidden states are those of the model's own logits; said once in the log where not.
+
+    Families scale their logits under many names, and not all are known here.
+    """
+    head = getattr(model.core, "get_output_embeddings", lambda: None)()
+    if head is None:
+        return True  # a classifier: its rewards come from hidden states
+    v = int(model.config.vocab_size)
+    ids = tuple((5 * i + 2) % v for i in range(12))
+    batch = model.collate([Tree(ids[:7], (ids[7:],))])
+    training = model.model.training
+    model.model.eval()
+    try:
+        with torch.no_grad():
+            ours, truth = model.token_logps(batch), model._model_token_logps(batch)
+    finally:
+        model.model.train(training)
+    tolerance = 1e-3 if next(model.backbone.parameters()).dtype == torch.float32 else 0.1
+    gap = float((ours - truth).abs().max())
+    if gap <= tolerance * max(1.0, float(truth.abs().max())):
+        return True
+    logger.warning(
+        "%s scales its logits in a way of its own (off by %.2g nats a token): they are computed at every position, "
+        "which takes more memory.",
+        type(model.core).__name__,
+        gap,
+    )
+    return False
 
 
 def _mismatch(model: TreeModel, probe: _Probe, truth: Tensor) -> str | None:

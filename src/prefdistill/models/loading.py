@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
 from prefdistill.atomic import fresh_file, fresh_folder
 from prefdistill.errors import ConfigError
+from prefdistill.models.backbone import backbone_of
 
 logger = logging.getLogger(__name__)
 
@@ -62,17 +64,31 @@ def load_policy(name: str, *, trust_remote_code: bool = False) -> nn.Module:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError) as error:
+    except _UNREADABLE as error:
         raise ConfigError(_not_loaded("model", name, error)) from error
     return model
+
+
+def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
+    """A model's configuration by folder (a PEFT adapter's: its base's) or hub id."""
+    if is_adapter(name):
+        name = adapter_base(name)
+    if name in (EMBEDDED_MODEL, EMBEDDED_POLICY):
+        return _load_embedded().config
+    try:
+        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(_not_loaded("model", name, error)) from error
 
 
 def load_classifier(name: str, *, trust_remote_code: bool = False) -> nn.Module:
     """A reward model: a sequence classifier with one label, by folder, hub id or PEFT adapter folder.
 
     Raises:
-        ConfigError: it cannot be found, or has another number of labels than one.
+        ConfigError: it cannot be found, its folder lacks weights, it has another number of labels than one, or its
+            rewards do not come from a linear head named `score` on a causal model's last hidden state.
     """
+    lacking: Any = ()
     try:
         if is_adapter(name):
             from peft import AutoPeftModelForSequenceClassification
@@ -83,16 +99,36 @@ def load_classifier(name: str, *, trust_remote_code: bool = False) -> nn.Module:
             pad = load_tokenizer(name, trust_remote_code=trust_remote_code).pad_token_id
             model.config.pad_token_id = model.config.pad_token_id if pad is None else pad
         else:
-            model = transformers.AutoModelForSequenceClassification.from_pretrained(
-                name, dtype=torch.float32, trust_remote_code=trust_remote_code
+            model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+                name, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True
             )
-    except (OSError, ValueError) as error:
+            lacking = info["missing_keys"]
+    except _UNREADABLE as error:
         raise ConfigError(_not_loaded("reward model", name, error)) from error
+    if lacking:
+        # transformers would fill them with random numbers, and say so in a log line only.
+        raise ConfigError(
+            f"the reward model {name!r} lacks {len(lacking)} weights, such as {sorted(lacking)[0]}; it is no complete "
+            "sequence classifier; save it again, its head included"
+        )
     if model.config.num_labels != 1:
         raise ConfigError(
             f"the reward model {name!r} has {model.config.num_labels} labels; a reward model must have exactly 1"
         )
+    _check_head(model, name)
     return model
+
+
+def _check_head(model: Any, name: str) -> None:
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        raise ConfigError(
+            f"{name!r} is a {type(model).__name__}, which has no linear head named 'score'; a reward model must be a "
+            "causal model's AutoModelForSequenceClassification (encoders such as BERT are not supported)"
+        )
+
+
+# What loading raises for a folder or hub id that cannot be read, broken weights among them.
+_UNREADABLE = (OSError, ValueError, SafetensorError)
 
 
 def is_adapter(name: str) -> bool:
@@ -177,16 +213,21 @@ def new_classifier(base: str, pad_id: int | None, *, trust_remote_code: bool = F
     Raises:
         ConfigError: the base cannot be loaded, or transformers has no classifier with a `score` head for its family.
     """
-    try:
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(
-            base, num_labels=1, dtype=torch.float32, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigError(_not_loaded("base of a reward model", base, error)) from error
-    if not isinstance(getattr(model, "score", None), nn.Linear):
-        raise ConfigError(
-            f"{type(model).__name__} has no linear head named 'score'; use another family for reward.models"
-        )
+    if is_adapter(base) or base in (EMBEDDED_MODEL, EMBEDDED_POLICY):
+        # Their weights are put together from parts: the backbone of the policy goes into a fresh classifier.
+        policy: Any = load_policy(base, trust_remote_code=trust_remote_code)
+        config = type(policy.config).from_dict({**policy.config.to_dict(), "num_labels": 1})
+        model = transformers.AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+        _check_head(model, base)
+        backbone_of(model).load_state_dict(backbone_of(policy).state_dict())
+    else:
+        try:
+            model = transformers.AutoModelForSequenceClassification.from_pretrained(
+                base, num_labels=1, dtype=torch.float32, trust_remote_code=trust_remote_code
+            )
+        except _UNREADABLE as error:
+            raise ConfigError(_not_loaded("base of a reward model", base, error)) from error
+        _check_head(model, base)
     model.config.pad_token_id = pad_id
     with torch.no_grad():
         model.score.weight.zero_()

@@ -38,6 +38,6 @@ class SFTTrainer(TreeTrainer):
         )
 
     def loss_of(self, batch: TreeBatch, inputs: Mapping[str, Any]) -> Tensor:
-        token_logps = self.tree_model.token_logps(self.tree_model.hidden(batch), batch)
+        token_logps = self.tree_model.token_logps(batch)
         self.record(token_nll=-token_logps.mean())
         return -token_logps.mean()
