@@ -39,7 +39,7 @@ def pairs(path, *, prompts: int, odds: float, response=free):
     """All pairs of four responses a prompt, labelled by Bradley-Terry on their colours; `odds` 0: by a coin."""
     rng = random.Random(0)
     with path.open("w", encoding="utf-8") as out:
-        for _ in range(prompts):
+        for i in range(prompts):
             prompt = f"Describe {' '.join(rng.choices(WORDS, k=2))}:"
             texts = sorted({response(rng) for _ in range(4)})
             scores = colours([], texts)
@@ -47,7 +47,7 @@ def pairs(path, *, prompts: int, odds: float, response=free):
                 for b in range(a):
                     first = rng.random() < 1 / (1 + exp(-odds * (scores[a] - scores[b])))
                     c, r = (a, b) if first else (b, a)
-                    out.write(json.dumps({"prompt": prompt, "chosen": texts[c], "rejected": texts[r]}) + "\n")
+                    out.write(json.dumps({"prompt": prompt, "chosen": texts[c], "rejected": texts[r], "id": i}) + "\n")
     return path
 
 

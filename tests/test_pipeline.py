@@ -119,8 +119,8 @@ print(json.dumps(out))
 
 
 def test_a_stopped_run_goes_on_where_it_was(data, model_folder, tmp_path, monkeypatch, capsys):
-    config = small(data, model_folder, tmp_path / "run", methods="[d-dpo]", **{"distill.save_steps": 1})
-    whole = small(data, model_folder, tmp_path / "whole", methods="[d-dpo]", **{"distill.save_steps": 1})
+    options = {"methods": "[d-dpo]", "distill.save_steps": 1, "distill.logging_steps": 2}
+    config, whole = (small(data, model_folder, tmp_path / name, **options) for name in ("run", "whole"))
     pipeline.run(whole, until="distill")
 
     real, steps = distill_stage.ProgressCallback.on_step_end, []
@@ -139,7 +139,13 @@ def test_a_stopped_run_goes_on_where_it_was(data, model_folder, tmp_path, monkey
     pipeline.run(config, until="distill")
     said = capsys.readouterr().err
     assert "score: done before" in said
-    assert steps[4] == 4, "it goes on from the checkpoint of step 3, not from the start"
+    assert steps[4] == 3, "it goes on from the checkpoint of step 2, not from the start"
+    for name in ("run", "whole"):
+        assert not list((tmp_path / name / ".work").glob("distill*"))
+    histories = [
+        json.loads((tmp_path / name / "policy" / "d-dpo" / "history.json").read_text()) for name in ("run", "whole")
+    ]
+    assert histories[0] == histories[1], "nothing that was recorded before the stop is lost"
     weights = [(tmp_path / name / "policy" / "d-dpo" / "model.safetensors").read_bytes() for name in ("run", "whole")]
     assert weights[0] == weights[1]
 

@@ -123,7 +123,7 @@ def _underscored(argument: str) -> str:
     return "--" + name[2:].replace("-", "_") + equals + value
 
 
-LISTS = ("--methods", "--reward.rho", "--reward.models", "--reward.pretrained")
+LISTS = ("--methods", "--reward.rho", "--reward.models", "--reward.pretrained", "--distill.members")
 
 
 def _lists(argv: list[str]) -> list[str]:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import transformers
 import yaml
 
 from prefdistill.data.bias import RESAMPLES
@@ -342,6 +343,12 @@ class RunConfig:
             ("sample.max_new_tokens", self.sample.max_new_tokens, 1),
             ("distill.logging_steps", self.distill.logging_steps, 1),
             ("distill.save_steps", self.distill.save_steps, 1),
+            ("seed", self.seed, 0),
+            ("sample.reference_per_prompt", self.sample.reference_per_prompt or 0, 0),
+            ("distill.warmup_fraction", self.distill.warmup_fraction, 0),
+            ("evaluate.temperature", self.evaluate.temperature, 0),
+            ("evaluate.tie_margin", self.evaluate.tie_margin, 0),
+            ("evaluate.shown", self.evaluate.shown, 0),
         ]
         for name, number, least in at_least:
             if number < least:
@@ -352,7 +359,27 @@ class RunConfig:
             ("distill.epochs", self.distill.epochs),
             ("reward.epochs", self.reward.epochs),
             ("sft.epochs", self.sft.epochs),
+            ("distill.reward_scale", self.distill.reward_scale),
+            ("evaluate.top_p", self.evaluate.top_p),
+            ("reward.fraction", self.reward.fraction),
         ]
+        optional = [
+            ("distill.learning_rate", self.distill.learning_rate),
+            ("reward.learning_rate", self.reward.learning_rate),
+            ("reward.l2", self.reward.l2),
+            ("sft.learning_rate", self.sft.learning_rate),
+        ]
+        positive += [(name, value) for name, value in optional if value is not None]
+        at_most = [
+            ("distill.warmup_fraction", self.distill.warmup_fraction, 1.0),
+            ("evaluate.top_p", self.evaluate.top_p, 1.0),
+            ("reward.fraction", self.reward.fraction, 1.0),
+        ]
+        for name, share, most in at_most:
+            if share > most:
+                raise ConfigError(f"{name} is {share}; it must be at most {most:g}")
+        if not 0 <= self.distill.label_smoothing < 0.5:
+            raise ConfigError(f"distill.label_smoothing is {self.distill.label_smoothing}; it must lie in [0, 0.5)")
         for name, value in positive:
             if not value > 0:
                 raise ConfigError(f"{name} is {value}; it must be positive")
@@ -370,6 +397,13 @@ class RunConfig:
             for name in own:
                 if name not in known:
                     raise ConfigError(f"distill.per_method.{method} has an unknown option {name!r}")
+                _check_type(f"distill.per_method.{method}.{name}", own[name], getattr(DistillOptions(), name))
+        named = {f.name for f in fields(transformers.TrainingArguments)}
+        for name in self.distill.training_arguments:
+            if name not in named:
+                raise ConfigError(
+                    f"distill.training_arguments has {name!r}, which transformers.TrainingArguments does not know"
+                )
         if self.reward.hold == "head" and self.reward.models:
             raise ConfigError("reward.models needs hold: lora or full; heads stand on the reference's features")
         if self.reward.adapters and self.reward.hold != "lora":
@@ -386,6 +420,19 @@ class RunConfig:
         from prefdistill.atomic import write_text
 
         write_text(path, self.as_yaml())
+
+
+def _check_type(name: str, value: Any, usual: Any) -> None:
+    """Raises ConfigError for a text where a number belongs, and the like; options that may be null take numbers."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    wrong = {
+        str: not isinstance(value, str),
+        int: not isinstance(value, int) or isinstance(value, bool),
+        float: not number,
+        dict: not isinstance(value, dict),
+    }.get(type(usual), value is not None and not (number or isinstance(value, list)))
+    if wrong:
+        raise ConfigError(f"{name} is {value!r}; it must be like {'a number' if usual is None else repr(usual)}")
 
 
 __all__ = ["EMBEDDED_DATA", "EMBEDDED_MODEL", "RunConfig"]

@@ -21,8 +21,8 @@ class StageRecord:
     Attributes:
         fingerprint: of its options and of the fingerprints of the stages that it reads.
         seconds: how long it took.
-        cost: its work in tokens read (a token trained counts as three), for the time left of later runs.
-        outputs: relative path -> {"bytes", "blake2b"}.
+        cost: its work in passes over the training tokens, as the time left is told by.
+        outputs: path, relative to the run directory or of a shared column absolute -> {"bytes", "blake2b"}.
         said: a line on what came out.
     """
 
@@ -67,14 +67,13 @@ class Manifest:
 
     def finish(self, stage: str, record: StageRecord, outputs: list[Path]) -> None:
         for output in outputs:
-            if self.root not in output.parents:
-                # Columns that runs share lie elsewhere and have fingerprints of their own.
-                continue
             for file in sorted(output.rglob("*")) if output.is_dir() else [output]:
                 if file.is_file():
                     with file.open("rb") as opened:
                         digest = hashlib.file_digest(opened, "blake2b").hexdigest()
-                    path = file.relative_to(self.root).as_posix()
+                    # Columns that runs share lie elsewhere and stand with their absolute path.
+                    own = self.root in file.parents
+                    path = file.relative_to(self.root).as_posix() if own else str(file.resolve())
                     record.outputs[path] = {"bytes": file.stat().st_size, "blake2b": digest[:32]}
         self.stages[stage] = record
         self.write()

@@ -14,6 +14,7 @@ from prefdistill.data.table import TABLE_FORMAT
 from prefdistill.errors import ConfigError
 from prefdistill.evaluation.judges import is_oracle, load_oracle
 from prefdistill.manifest import Manifest, StageRecord, file_fingerprint, fingerprint_of
+from prefdistill.models.loading import check_classifier
 from prefdistill.scoring import model_fingerprint
 from prefdistill.stages import distill, draw, evaluate, members, prepare, report
 from prefdistill.stages.run import Run
@@ -60,11 +61,10 @@ def run(config: RunConfig, *, until: str | None = None) -> Path:
     _check_output(config)
     job = Run(config)
     # Bad data or a model that is not there must stop the run before its directory exists.
-    if is_oracle(config.evaluate.judge):
-        load_oracle(config.evaluate.judge)
+    _check_models(config)
     pairs, bad = prepare.read_pairs(job)
     source = _data_fingerprint(config, job)
-    groups, dropped = prepare.encode_pairs(job, pairs)
+    groups, dropped = prepare.encode_pairs(job, pairs, bad)
     manifest = Manifest(job.root)
     stages = _up_to(plan(job, manifest, lambda: prepare.make_data(job, groups, dropped, bad), source), until)
     config.write(job.root / "config.yaml")
@@ -140,7 +140,7 @@ def plan(job: Run, manifest: Manifest, make_data: Callable[[], Outcome], source:
         Stage(
             "reference",
             "log-probs of every response under the reference, once",
-            [model, common, members.uses_features(job)],
+            [model, common, members.uses_features(job), config.score.columns],
             tuple(base),
             1.5,
             lambda _: members.make_reference(job),
@@ -149,6 +149,11 @@ def plan(job: Run, manifest: Manifest, make_data: Callable[[], Outcome], source:
     reward = asdict(config.reward)
     # Ready reward models are scored, not trained: another list of them leaves the members as they are.
     training = {name: value for name, value in reward.items() if name != "pretrained"}
+    training["models"] = [model_fingerprint(name) for name in config.reward.models]
+    pretrained = [model_fingerprint(name) for name in config.reward.pretrained]
+    judged_by = config.evaluate.judge
+    if judged_by != "heldout" and not is_oracle(judged_by):
+        judged_by = model_fingerprint(judged_by)
     trained = 0.2 if config.reward.hold == "head" else (TRAIN_PASSES + 1) * config.reward.epochs
     if config.needs_rewards:
         stages += [
@@ -163,7 +168,7 @@ def plan(job: Run, manifest: Manifest, make_data: Callable[[], Outcome], source:
             Stage(
                 "score",
                 "rewards of every response by every member, once",
-                [reward["pretrained"], common],
+                [pretrained, common, config.score.columns],
                 ("reference", "reward"),
                 0.1 if config.reward.hold == "head" else 1.5 * config.reward.members,
                 lambda _: members.make_rewards(job),
@@ -188,7 +193,7 @@ def plan(job: Run, manifest: Manifest, make_data: Callable[[], Outcome], source:
         Stage(
             "evaluate",
             "scores, log-probs and statistics",
-            [asdict(config.evaluate), common, config.methods],
+            [asdict(config.evaluate), judged_by, common, config.methods],
             ("data", "reference", "score", "judge", *(f"evaluate:{m}" for m in ["reference", *config.methods])),
             0.5 * (1 + len(config.methods)),
             lambda _: evaluate.summarise(job),
@@ -253,8 +258,18 @@ def _check_output(config: RunConfig) -> None:
         raise ConfigError(f"output_dir {root} holds files that are not a run's; give a new or empty directory")
 
 
+def _check_models(config: RunConfig) -> None:
+    """Raises ConfigError for a judge or a ready reward model that is not there or is none."""
+    if is_oracle(config.evaluate.judge):
+        load_oracle(config.evaluate.judge)
+    elif config.evaluate.judge != "heldout":
+        check_classifier(config.evaluate.judge, trust_remote_code=config.trust_remote_code)
+    for name in config.reward.pretrained if config.needs_rewards else []:
+        check_classifier(name, trust_remote_code=config.trust_remote_code)
+
+
 def _data_fingerprint(config: RunConfig, job: Run) -> str:
-    path = prepare.EMBEDDED_PAIRS if config.data == "embedded" else Path(config.data)
+    path = prepare.EMBEDDED_PAIRS if config.data == "embedded" else Path(config.data).expanduser()
     return file_fingerprint(path) if path.exists() else fingerprint_of(config.data, config.dataset.split)
 
 

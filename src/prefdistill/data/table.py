@@ -96,7 +96,11 @@ def text_key(text: Text) -> str:
 
 
 def group_pairs(
-    pairs: Iterable[Pair], encoder: Encoder, *, splits: dict[str, str]
+    pairs: Iterable[Pair],
+    encoder: Encoder,
+    *,
+    splits: dict[str, str],
+    on_bad: Callable[[str, DataError], None] | None = None,
 ) -> tuple[list[PromptGroup], Dropped]:
     """Pairs to prompt groups in the order of first appearance; pairs with a response too long are dropped, counted.
 
@@ -104,6 +108,10 @@ def group_pairs(
 
     Args:
         splits: prompt key (`text_key`) -> split.
+        on_bad: told of a pair that cannot be encoded, which is then left out; None raises.
+
+    Raises:
+        DataError: a pair cannot be encoded, or a response has an end token in its middle, where a policy would stop.
     """
     groups: dict[tuple[bool, tuple[int, ...]], PromptGroup] = {}
     group_of: dict[str, PromptGroup] = {}
@@ -117,8 +125,13 @@ def group_pairs(
                 encoded = encoder.prompt_ids(pair.prompt)
                 new = PromptGroup(pair.prompt, encoded.ids, splits[key], dict(pair.extra), encoded.cut)
                 group_of[key] = groups.setdefault((isinstance(pair.prompt, str), encoded.ids), new)
+            for name, ids in (("chosen", chosen), ("rejected", rejected)):
+                _check_ends(name, ids or (), encoder)
         except DataError as error:
-            raise DataError(f"{pair.where}: {error}") from error
+            if on_bad is None:
+                raise DataError(f"{pair.where}: {error}") from error
+            on_bad(pair.where, error)
+            continue
         if chosen is None or rejected is None:
             too_long += 1
             continue
@@ -129,6 +142,15 @@ def group_pairs(
         group.pairs.append((group.place(Response(pair.chosen, chosen)), group.place(Response(pair.rejected, rejected))))
     kept = [g for g in groups.values() if g.pairs]
     return kept, Dropped(too_long, sum(g.cut > 0 for g in kept), same)
+
+
+def _check_ends(name: str, ids: Sequence[int], encoder: Encoder) -> None:
+    inside = [i for i in ids[:-1] if i in encoder.end_ids]
+    if inside:
+        raise DataError(
+            f"column {name!r}: the text holds the end token {encoder.tokenizer.decode(inside[:1])!r}, where a policy "
+            "would stop; take it out of the text, or drop such rows with dataset.on_bad_row: drop"
+        )
 
 
 def assign_splits(pairs: Sequence[Pair], fractions: dict[str, float], seed: int) -> dict[str, str]:

@@ -60,6 +60,10 @@ class Encoder:
         self.max_response_tokens = max_response_tokens
         self._given_end_ids = tuple(end_ids)
 
+    def without_response_bound(self) -> Encoder:
+        """The same encoder for responses of any length."""
+        return Encoder(self.tokenizer, max_prompt_tokens=self.max_prompt_tokens, end_ids=self._given_end_ids)
+
     # -- what the tokenizer does by itself -------------------------------------------------------------------------
 
     @cached_property

@@ -81,6 +81,19 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
         raise ConfigError(_not_loaded("model", name, error)) from error
 
 
+def generation_ends(name: str) -> tuple[int, ...]:
+    """End tokens that a model's generation configuration names besides the tokenizer's."""
+    if name in (EMBEDDED_MODEL, EMBEDDED_POLICY):
+        return ()
+    try:
+        generation = transformers.GenerationConfig.from_pretrained(name)
+    except OSError:
+        # A model need not have a generation configuration; the tokenizer's EOS then ends responses.
+        return ()
+    ends = generation.eos_token_id
+    return () if ends is None else tuple(ends) if isinstance(ends, list) else (ends,)
+
+
 def load_classifier(name: str, *, trust_remote_code: bool = False) -> nn.Module:
     """A reward model: a sequence classifier with one label, by folder, hub id or PEFT adapter folder.
 
@@ -117,6 +130,21 @@ def load_classifier(name: str, *, trust_remote_code: bool = False) -> nn.Module:
         )
     _check_head(model, name)
     return model
+
+
+def check_classifier(name: str, *, trust_remote_code: bool = False) -> None:
+    """Raises ConfigError if there is no sequence classifier with one label of this name; reads no weights."""
+    if is_adapter(name):
+        return  # its labels stand in its weights
+    config = load_config(name, trust_remote_code=trust_remote_code)
+    architectures = config.architectures or []
+    if not any(a.endswith("ForSequenceClassification") for a in architectures):
+        raise ConfigError(
+            f"{name!r} is no reward model: its config.json names {', '.join(architectures) or 'no architecture'}, not "
+            "a ...ForSequenceClassification; give a sequence classifier with one label"
+        )
+    if config.num_labels != 1:
+        raise ConfigError(f"the reward model {name!r} has {config.num_labels} labels; it must have exactly 1")
 
 
 def _check_head(model: Any, name: str) -> None:

@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 Precision = Literal["auto", "float32", "bfloat16"]
 MEASURED_ROWS = 256
 REPEATS = 15
+BUDGET_SECONDS = 0.5  # large shapes are measured fewer times
 
 
 def choose_precision(asked: str, config: Any, device: torch.device | str = "cpu") -> Literal["float32", "bfloat16"]:
@@ -66,11 +67,15 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def _rates(hidden: int, inner: int) -> dict[str, float]:
     """FLOP/s of a float32 activation through a weight in each arithmetic, casts included as autocast does them.
 
-    The two take turns and the best of each counts, so that what else runs on the machine does not decide.
+    The two take turns and the best of each counts, so that what else runs on the machine does not decide. No turn
+    starts after BUDGET_SECONDS.
     """
     x, w = torch.randn(MEASURED_ROWS, hidden), torch.randn(inner, hidden)
     best = dict.fromkeys(_DTYPES, float("inf"))
+    began = time.perf_counter()
     for _ in range(REPEATS):
+        if time.perf_counter() - began > BUDGET_SECONDS:
+            break
         for name, dtype in _DTYPES.items():
             start = time.perf_counter()
             torch.nn.functional.linear(x.to(dtype), w.to(dtype))

@@ -14,13 +14,12 @@ from prefdistill.evaluation import rewards as of_rewards
 from prefdistill.evaluation.diagnosis import Check, check_run
 from prefdistill.evaluation.sampling import Sample
 from prefdistill.stages.draw import held_out_groups, policy_column, read_samples
+from prefdistill.stages.encoders import encoder_of, response_trees
 from prefdistill.stages.members import (
-    encoder_of,
     fill_rewards_of,
     member_folders,
     member_rewards,
     reference_columns,
-    response_trees,
     reward_column,
 )
 from prefdistill.stages.run import Run

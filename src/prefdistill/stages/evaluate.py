@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,15 +20,15 @@ from prefdistill.models.loading import load_policy
 from prefdistill.scoring import Column, fill_columns, logps_forward, model_fingerprint
 from prefdistill.stages.diagnose import diagnose, fill_sample_rewards
 from prefdistill.stages.draw import held_out_groups, policy_column, policy_of, read_samples
+from prefdistill.stages.encoders import encoder_of, response_trees, training_facts
 from prefdistill.stages.members import (
-    encoder_of,
     fill_reference,
     fill_rewards,
     member_folders,
     member_rewards,
-    response_trees,
 )
 from prefdistill.stages.run import Run
+from prefdistill.training.reward import cross_calibrated
 
 VERSION = 1
 
@@ -62,10 +61,9 @@ def judge_facts(run: Run, groups: list[PromptGroup]) -> dict[str, Any]:
     """Who judges, and how often the judge agrees with the held-out labels."""
     name = run.config.evaluate.judge
     correct = []
+    description = _heldout(run) if name == "heldout" else name
     if is_oracle(name):
         description = describe(load_oracle(name))
-    else:
-        description = "a reward model trained on pairs that no member has seen" if name == "heldout" else name
     for side in (0, 1):
         rows = [g for g in groups for _ in g.pairs]
         texts = [[g.responses[p[side]].text] for g in groups for p in g.pairs]
@@ -73,6 +71,13 @@ def judge_facts(run: Run, groups: list[PromptGroup]) -> dict[str, Any]:
     margins = correct[0] - correct[1]
     accuracy = float(((margins > 0) + 0.5 * (margins == 0)).mean()) if len(margins) else None
     return {"name": name, "description": description, "heldout_accuracy": accuracy, "n_heldout": len(margins)}
+
+
+def _heldout(run: Run) -> str:
+    said = "a reward model trained on pairs that no member has seen"
+    if run.config.reward.hold == "head" and run.config.needs_rewards:
+        said += ", a head on the same frozen features as the members: what these features miss, both miss"
+    return said
 
 
 # -- log-probs -----------------------------------------------------------------------------------------------------
@@ -165,15 +170,19 @@ def ensemble_facts(run: Run) -> dict[str, Any]:
         """Chosen less rejected over the held-out pairs, from a prompt -> [R]."""
         return np.array([x[c] - x[r] for x, i in zip(values, test, strict=True) for c, r in groups[i].pairs])
 
+    prompt_of = np.array([i for i in test for _ in groups[i].pairs])
+
     def figures_of(member: list[np.ndarray]) -> dict[str, Any]:
         held_out = [member[i] for i in test]
-        return member_figures(margins(held_out), margins(lengths), held_out, lengths)
+        found = margins(held_out)
+        if run.config.evaluate.split == "validation":
+            # Members were calibrated on these very pairs: each half gets the scale that the other half asks for.
+            found = cross_calibrated(found, prompt_of)
+        return member_figures(found, margins(lengths), held_out, lengths)
 
     facts = []
     for k, (folder, member) in enumerate(zip(member_folders(run), rewards, strict=True)):
-        training: dict[str, Any] = {"resample": "pretrained"}
-        if (Path(folder) / "training.json").exists():
-            training |= json.loads((Path(folder) / "training.json").read_text(encoding="utf-8"))
+        training = {"resample": "pretrained", **training_facts(folder)}
         facts.append(
             {
                 "name": f"member {k}",

@@ -23,7 +23,6 @@ from prefdistill.errors import ConfigError
 from prefdistill.models.loading import (
     add_lora,
     load_classifier,
-    load_tokenizer,
     new_classifier,
     save_adapter,
     save_head,
@@ -37,6 +36,7 @@ from prefdistill.scoring import (
     model_fingerprint,
     rewards_forward,
 )
+from prefdistill.stages.encoders import encoder_of, member_trees, training_facts
 from prefdistill.stages.run import Run, last_checkpoint
 from prefdistill.training.callbacks import ProgressCallback, quiet
 from prefdistill.training.reward import (
@@ -48,7 +48,7 @@ from prefdistill.training.reward import (
     scale_head,
 )
 
-JUDGE_SEED = 10_000
+JUDGE = 10_000  # its place among the members, for its seed
 FEW_PAIRS = 20
 
 
@@ -66,10 +66,7 @@ def uses_features(run: Run) -> bool:
 
 def _features_of(folder: str) -> str | None:
     """The fingerprint of the features that a head was trained on; None for any other reward model."""
-    facts = Path(folder) / "training.json"
-    if not facts.exists():
-        return None
-    found = json.loads(facts.read_text(encoding="utf-8")).get("features")
+    found = training_facts(folder).get("features")
     return None if found is None else str(found)
 
 
@@ -114,7 +111,7 @@ def make_reference(run: Run) -> tuple[list[Path], str]:
 
 
 def _files(columns: Any) -> list[Path]:
-    """Folders of columns; the manifest leaves out those that runs share."""
+    """Folders of columns."""
     return [c.folder for c in columns]
 
 
@@ -139,7 +136,7 @@ def make_members(run: Run, fingerprint: str) -> tuple[list[Path], str]:
                 base=options.models[k % len(options.models)] if options.models else run.reference,
                 how=options.resample,
                 rho=rho,
-                seed=run.config.seed + 1 + k,
+                seed=seed_of(run.config.seed, k),
                 # Cross-validation is done once: its choice hardly hangs on the resample, and it is most of the work.
                 l2=facts[0].get("l2") if facts else None,
             )
@@ -149,6 +146,11 @@ def make_members(run: Run, fingerprint: str) -> tuple[list[Path], str]:
     return [run.member_path(k) for k in range(options.members)], (
         f"{options.members} members; margins times {scales} are log-odds on held-out pairs"
     )
+
+
+def seed_of(seed: int, k: int) -> int:
+    """A seed for member k that no member of a run with another seed has."""
+    return int(np.random.SeedSequence([seed, k]).generate_state(1)[0])
 
 
 def make_judge(run: Run, fingerprint: str) -> tuple[list[Path], str]:
@@ -162,7 +164,7 @@ def make_judge(run: Run, fingerprint: str) -> tuple[list[Path], str]:
         base=run.reference,
         how="all",
         rho=None,
-        seed=run.config.seed + JUDGE_SEED,
+        seed=seed_of(run.config.seed, JUDGE),
     )
     write_json(run.judge_path / "training.json", record)
     return [run.judge_path], f"held-out judge from {record['pairs']} pairs over {len(groups)} prompts"
@@ -190,8 +192,10 @@ def train_member(
         # Who has biased pairs only has biased ones to calibrate on.
         validation = biased_groups(validation, rho, seed=seed)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer = copy.deepcopy(run.tokenizer) if base == run.reference else load_tokenizer(base)
+    encoder = encoder_of(run, base)
+    tokenizer = copy.deepcopy(encoder.tokenizer)
     facts: dict[str, Any] = {"base": base, "hold": options.hold, "seed": seed, "pairs": int(weights.sum())}
+    facts |= {"tokenizer": run.tokenizer_fingerprint} if encoder is run.encoder else {"end_ids": encoder.end_ids}
     if options.hold == "head":
         pad = classifier_pad(run)
         features = reference_columns(run)["features"]
@@ -200,14 +204,13 @@ def train_member(
         head, facts["l2"] = fit_head(x, weights, np.array([i for i, _, _ in flat]), l2=options.l2 or l2, seed=seed)
         margins = np.concatenate([_pair_features(features, g) for g in validation]) @ head
         scale = _scale(run, margins)
-        model: Any = new_classifier(base, pad)
+        model: Any = new_classifier(base, pad, trust_remote_code=run.config.trust_remote_code)
         with torch.no_grad():
             model.score.weight.copy_(torch.tensor(scale * head, dtype=torch.float32)[None])
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
         backbone = run.root / "reward" / f"backbone-{model_fingerprint(base)[:12]}.safetensors"
         save_head(model, tokenizer, folder, backbone)
     else:
-        encoder = run.encoder if base == run.reference else Encoder(tokenizer)
         model, margins = _train_model(run, labelled, validation, weights, encoder, base, work, seed)
         scale = _scale(run, margins)
         scale_head(model, scale)
@@ -281,39 +284,6 @@ def _train_model(
     )
     margins = [scratch.of(t)[c] - scratch.of(t)[r] for t, g in zip(trees, validation, strict=True) for c, r in g.pairs]
     return model, np.array(margins)
-
-
-def member_trees(run: Run, groups: Sequence[PromptGroup], encoder: Encoder) -> list[Tree]:
-    """The prompts' trees in a member's own tokens, which are the policy's unless its tokenizer is another one."""
-    if encoder is run.encoder:
-        return [g.tree for g in groups]
-    trees = []
-    for g in groups:
-        responses = [encoder.response_ids(g.prompt, r.text, finished=r.finished) for r in g.responses]
-        trees.append(Tree(encoder.prompt_ids(g.prompt).ids, tuple(r for r in responses if r is not None)))
-    return trees
-
-
-def response_trees(
-    encoder: Encoder, groups: Sequence[PromptGroup], texts: Sequence[Sequence[Any]], finished: Sequence[Sequence[bool]]
-) -> list[Tree]:
-    """Responses given as text, in the tokens of a reward model; one tree a prompt, in the texts' order."""
-    trees = []
-    for g, ts, fs in zip(groups, texts, finished, strict=True):
-        # A sample cut off before its first letter has no token to stand on; it is judged as one that ended at once.
-        known = [
-            encoder.response_ids(g.prompt, t, finished=f) or encoder.response_ids(g.prompt, t) or ()
-            for t, f in zip(ts, fs, strict=True)
-        ]
-        trees.append(Tree(encoder.prompt_ids(g.prompt).ids, tuple(known)))
-    return trees
-
-
-def encoder_of(run: Run, folder: str) -> Encoder:
-    """The encoder of a reward model: the run's own where its tokenizer is the same."""
-    tokenizer = load_tokenizer(folder, trust_remote_code=run.config.trust_remote_code)
-    same = tokenizer.get_vocab() == run.tokenizer.get_vocab() and tokenizer.chat_template == run.tokenizer.chat_template
-    return run.encoder if same else Encoder(tokenizer)
 
 
 # -- rewards -------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +48,24 @@ def read_pairs(run: Run) -> tuple[list[Pair], list[dict[str, Any]]]:
         split=options.split,
         config_name=options.config_name,
         limit=options.limit,
-        on_bad_row=None if options.on_bad_row == "stop" else lambda w, e: bad.append({"where": w, "reason": str(e)}),
+        on_bad_row=None if options.on_bad_row == "stop" else _into(bad),
     )
     if not pairs:
         raise DataError(f"{source}: every row was dropped ({len(bad)}), the first because: {bad[0]['reason']}")
     return pairs, bad
 
 
-def encode_pairs(run: Run, pairs: list[Pair]) -> tuple[list[PromptGroup], Dropped]:
+def _into(bad: list[dict[str, Any]]) -> Callable[[str, DataError], None]:
+    return lambda where, error: bad.append({"where": where, "reason": str(error)})
+
+
+def encode_pairs(
+    run: Run, pairs: list[Pair], bad: list[dict[str, Any]] | None = None
+) -> tuple[list[PromptGroup], Dropped]:
     """The pairs encoded, split and grouped by prompt. Nothing is written.
+
+    Args:
+        bad: gets the rows that cannot be encoded, under on_bad_row: drop.
 
     Raises:
         DataError: a row cannot be encoded, or a split that the run needs has no prompt.
@@ -65,7 +75,8 @@ def encode_pairs(run: Run, pairs: list[Pair]) -> tuple[list[PromptGroup], Droppe
     if run.config.evaluate.judge == "heldout":
         fractions["judge"] = options.judge_fraction
     splits = assign_splits(pairs, fractions, run.config.seed)
-    groups, dropped = group_pairs(pairs, run.encoder, splits=splits)
+    drop = None if options.on_bad_row == "stop" else _into([] if bad is None else bad)
+    groups, dropped = group_pairs(pairs, run.encoder, splits=splits, on_bad=drop)
     groups = _at_most(groups, {s: getattr(options, f"max_{s}_prompts", None) for s in SPLITS})
     if options.rho is not None:
         groups = _biased(groups, options.rho, options.rho_pairs, run.config.seed)
@@ -133,7 +144,7 @@ def make_start(run: Run, fingerprint: str) -> tuple[list[Path], str]:
         save_model(model, run.tokenizer, run.start_path)
         return [run.start_path], "the starting policy, which is the reference"
     folder = run.work_path("start", fingerprint)
-    trees = _demonstrations(run)
+    trees, too_long = _demonstrations(run)
     lora = options.lora_rank > 0
     transformers.set_seed(run.config.seed)
     policy = add_lora(model, rank=options.lora_rank, task="CAUSAL_LM") if lora else model
@@ -155,15 +166,14 @@ def make_start(run: Run, fingerprint: str) -> tuple[list[Path], str]:
     history = [h["token_nll"] for h in trainer.state.log_history if "token_nll" in h]
     save_model(policy, run.tokenizer, run.start_path)
     shutil.rmtree(folder, ignore_errors=True)
-    return [run.start_path], (
-        f"supervised start on {len(trees)} prompts: {history[0]:.3f} to {history[-1]:.3f} nats a token"
-        if history
-        else f"supervised start on {len(trees)} prompts"
-    )
+    said = f"supervised start on {len(trees)} prompts"
+    said += f", {too_long} demonstrations left out as too long" if too_long else ""
+    return [run.start_path], (f"{said}: {history[0]:.3f} to {history[-1]:.3f} nats a token" if history else said)
 
 
-def _demonstrations(run: Run) -> list[Tree]:
-    trees = []
+def _demonstrations(run: Run) -> tuple[list[Tree], int]:
+    """A tree a training prompt, and how many demonstrations do not fit into dataset.max_response_tokens."""
+    trees, too_long = [], 0
     column = run.config.sft.on
     for g in in_split(read_groups(run.groups_path), "train"):
         if column == "chosen":
@@ -176,11 +186,13 @@ def _demonstrations(run: Run) -> list[Tree]:
                 f"columns besides the pair are: {', '.join(g.extra) or 'none'}"
             )
         ids = run.encoder.response_ids(g.prompt, g.extra[column])
-        if ids is not None:
+        if ids is None:
+            too_long += 1
+        else:
             trees.append(Tree(g.ids, (ids,)))
     if not trees:
         raise DataError(f"{run.config.data}: no demonstration fits into dataset.max_response_tokens")
-    return trees
+    return trees, too_long
 
 
 def make_samples(run: Run) -> tuple[list[Path], str]:

@@ -22,7 +22,7 @@ def make_report(run: Run, manifest: Manifest) -> tuple[list[Path], str]:
     html = write_report(
         {
             "title": f"prefdistill: {run.root.name}",
-            "generated": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+            "generated": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
             "version": version("prefdistill"),
             "summary": summary,
             "mixtures": _mixtures(run),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,13 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from prefdistill.atomic import write_json
 from prefdistill.config import RunConfig
 from prefdistill.data.table import PromptGroup, read_groups
 from prefdistill.data.tokenise import Encoder
-from prefdistill.models.loading import EMBEDDED_MODEL, EMBEDDED_POLICY, load_policy, load_tokenizer
+from prefdistill.models.loading import (
+    EMBEDDED_MODEL,
+    EMBEDDED_POLICY,
+    generation_ends,
+    load_config,
+    load_policy,
+    load_tokenizer,
+)
 from prefdistill.models.precision import choose_precision
 from prefdistill.progress import Progress, on_terminal
 from prefdistill.scoring import Column
@@ -91,15 +98,7 @@ class Run:
     @cached_property
     def generation_end_ids(self) -> tuple[int, ...]:
         """End tokens that the model's generation configuration names besides the tokenizer's."""
-        if self.config.model in (EMBEDDED_MODEL, EMBEDDED_POLICY):
-            return ()
-        try:
-            generation = transformers.GenerationConfig.from_pretrained(self.config.model)
-        except OSError:
-            # A model need not have a generation configuration; the tokenizer's EOS then ends responses.
-            return ()
-        ends = generation.eos_token_id
-        return () if ends is None else tuple(ends) if isinstance(ends, list) else (ends,)
+        return generation_ends(self.config.model)
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -130,9 +129,7 @@ class Run:
     def precision(self) -> str:
         """The arithmetic of this run."""
         return self.settle_precision(
-            lambda: transformers.AutoConfig.from_pretrained(
-                self.reference, trust_remote_code=self.config.trust_remote_code
-            )
+            lambda: load_config(self.reference, trust_remote_code=self.config.trust_remote_code)
         )
 
     def settle_precision(self, shape: Callable[[], Any]) -> str:
@@ -158,7 +155,13 @@ class Run:
         return model.to(self.device)
 
     def training_arguments(self, folder: Path, **options: Any) -> dict[str, Any]:
-        """Arguments that every training of a run shares."""
+        """Arguments that every training of a run shares.
+
+        Checkpoints are put off to the next log line, since what is recorded between lines is in no checkpoint.
+        """
+        every = options.get("logging_steps", 1)
+        if "save_steps" in options:
+            options["save_steps"] = -(-options["save_steps"] // every) * every
         return {
             "output_dir": str(folder),
             "seed": self.config.seed,
@@ -173,9 +176,15 @@ class Run:
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint of a stopped training, or None."""
-    if not folder.is_dir():
-        return None
-    from transformers.trainer_utils import get_last_checkpoint
+    """The newest whole checkpoint of a stopped training, or None; half ones are removed.
 
-    return get_last_checkpoint(str(folder))
+    Trainer writes its state last: a checkpoint without it was being written when the training was stopped.
+    """
+    found = {int(p.name.split("-")[1]): p for p in folder.glob("checkpoint-*") if p.name.split("-")[1].isdigit()}
+    for step in sorted(found, reverse=True):
+        try:
+            json.loads((found[step] / "trainer_state.json").read_text(encoding="utf-8"))
+            return str(found[step])
+        except (OSError, ValueError):
+            shutil.rmtree(found[step])
+    return None

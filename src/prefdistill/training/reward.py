@@ -169,6 +169,16 @@ def calibrate(margins: np.ndarray) -> float:
     return 0.0 if found.fun >= at_zero else float(found.x)
 
 
+def cross_calibrated(margins: np.ndarray, prompts: np.ndarray) -> np.ndarray:
+    """Margins [P] of which every half, by prompt [P], is calibrated on the other one: honest about their scale."""
+    half = np.isin(prompts, np.unique(prompts)[::2])
+    out = np.array(margins, dtype=np.float64)
+    for part in (half, ~half):
+        if part.any() and not part.all():
+            out[part] *= calibrate(margins[~part])
+    return out
+
+
 def scale_head(model: nn.Module, factor: float) -> None:
     """Multiplies a classifier's rewards by `factor`, in its head's weights, so that whoever loads it gets log-odds."""
     with torch.no_grad():

@@ -19,6 +19,8 @@ class SFTTrainer(TreeTrainer):
         trees: a prompt with its demonstrations each.
     """
 
+    dropout = True  # demonstrations are learnt, nothing is compared
+
     def __init__(
         self,
         model: nn.Module,

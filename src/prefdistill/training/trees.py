@@ -17,6 +17,19 @@ from prefdistill.models.forward import TreeModel
 Item = Mapping[str, Any]
 
 
+def without_dropout(model: nn.Module) -> None:
+    """Turns off every dropout of a model, in place: log-probs are compared with columns that were computed without.
+
+    Layers are set to 0, and so are the rates that modules keep to hand to functions.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
 class TreeTrainer(transformers.Trainer):
     """A Trainer whose batches are trees and whose loss is a pure function of what the one forward returns.
 
@@ -27,6 +40,7 @@ class TreeTrainer(transformers.Trainer):
         ConfigError: several processes train together.
     """
 
+    dropout = False  # whether the model's own dropout is kept
     pool = False  # whether the hidden state is read where transformers pools for a classifier
 
     def __init__(
@@ -48,6 +62,8 @@ class TreeTrainer(transformers.Trainer):
         # Trees are not columns, and no label tensor exists for Trainer to look for.
         args.remove_unused_columns = False
         args.label_names = []
+        if not self.dropout:
+            without_dropout(model)
         self.tree_model = TreeModel(model)
 
         def collate(items: Sequence[Item]) -> dict[str, Any]:

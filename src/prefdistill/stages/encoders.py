@@ -1,0 +1,78 @@
+"""Which tokens a reward model reads: the policy's where their tokenizers agree, else its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from prefdistill.data.table import PromptGroup
+from prefdistill.data.tokenise import Encoder
+from prefdistill.data.tree import Tree
+from prefdistill.models.loading import generation_ends, load_tokenizer
+from prefdistill.stages.run import Run
+
+
+def training_facts(folder: str) -> dict[str, Any]:
+    """What was written down when a reward model was trained here; empty for any other one."""
+    path = Path(folder) / "training.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def encoder_of(run: Run, name: str) -> Encoder:
+    """The encoder of a reward model or of the base of one, the same in training and in scoring.
+
+    The run's own where the tokenizer reads all texts alike; else the model's tokens, with the run's bound on prompts.
+    """
+    facts = training_facts(name)
+    if name == run.reference or facts.get("tokenizer") == run.tokenizer_fingerprint:
+        return run.encoder
+    trust = run.config.trust_remote_code
+    ends = tuple(facts["end_ids"]) if "end_ids" in facts else generation_ends(name)
+    own = Encoder(
+        load_tokenizer(name, trust_remote_code=trust),
+        max_prompt_tokens=run.config.dataset.max_prompt_tokens,
+        end_ids=ends,
+    )
+    return run.encoder if _read_alike(own, run.encoder) else own
+
+
+def _read_alike(a: Encoder, b: Encoder) -> bool:
+    return a.prefix_ids == b.prefix_ids and a.end_ids == b.end_ids and _made_of(a.tokenizer) == _made_of(b.tokenizer)
+
+
+def _made_of(tokenizer: Any) -> tuple[Any, ...]:
+    """All that decides how it encodes; what only pads or cuts a batch is left out."""
+    if tokenizer.is_fast:
+        parts = json.loads(tokenizer.backend_tokenizer.to_str())
+        made: Any = {k: v for k, v in parts.items() if k not in ("padding", "truncation")}
+    else:
+        made = tokenizer.get_vocab()
+    return made, tokenizer.chat_template, tokenizer.bos_token_id, tokenizer.eos_token_id
+
+
+def member_trees(run: Run, groups: Sequence[PromptGroup], encoder: Encoder) -> list[Tree]:
+    """The prompts' trees in a member's own tokens, which are the policy's unless its tokenizer is another one."""
+    if encoder is run.encoder:
+        return [g.tree for g in groups]
+    texts = [[r.text for r in g.responses] for g in groups]
+    return response_trees(encoder, groups, texts, [[r.finished for r in g.responses] for g in groups])
+
+
+def response_trees(
+    encoder: Encoder, groups: Sequence[PromptGroup], texts: Sequence[Sequence[Any]], finished: Sequence[Sequence[bool]]
+) -> list[Tree]:
+    """Responses given as text, in the tokens of a reward model; one tree a prompt, in the texts' order, none left out.
+
+    Longer ones than dataset.max_response_tokens too: a sample is judged as it is.
+    """
+    encoder, trees = encoder.without_response_bound(), []
+    for g, ts, fs in zip(groups, texts, finished, strict=True):
+        # A sample cut off before its first letter has no token to stand on; it is judged as one that ended at once.
+        known = [
+            encoder.response_ids(g.prompt, t, finished=f) or encoder.response_ids(g.prompt, t) or ()
+            for t, f in zip(ts, fs, strict=True)
+        ]
+        trees.append(Tree(encoder.prompt_ids(g.prompt).ids, tuple(known)))
+    return trees
