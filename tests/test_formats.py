@@ -182,6 +182,12 @@ def test_pair_columns_come_before_tldr_columns() -> None:
     assert (pair.prompt, pair.extra) == ("p", tldr_row())
 
 
+def test_published_validation_splits_of_tldr_are_validation() -> None:
+    """valid1 and valid2, as published, in one folder with train."""
+    splits = [to_pair(tldr_row(split=s), WHERE).extra["split"] for s in ("train", "valid1", "valid2")]
+    assert splits == ["train", "validation", "validation"]
+
+
 FAULTS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no chosen": (
         {"prompt": "p", "rejected": "r", "id": 1},

@@ -234,13 +234,28 @@ def test_bad_rows_can_be_dropped(tmp_path, model_folder):
         (["--distill.per_method", "{dpo: {bata: 1}}"], ["per_method.dpo", "bata"]),
         (["--distill.per_method", "{dpo: {beta: -1}}"], ["per_method.dpo", "distill.beta"]),
         (["--dataset.test_fraction", "0.9"], ["fraction"]),
+        (["--distill.per_method", "{dpo: {learning_rate: fast}}"], ["per_method.dpo.learning_rate", "fast"]),
+        (["--distill.training_arguments", "{nonsense: 1}"], ["nonsense", "TrainingArguments"]),
+        (["--distill.label_smoothing", "0.7"], ["label_smoothing"]),
+        (["--distill.reward_scale", "0"], ["reward_scale"]),
+        (["--distill.learning_rate", "-1"], ["distill.learning_rate"]),
+        (["--distill.members", "0,7"], ["distill.members", "7"]),
+        (["--reward.l2", "-1"], ["reward.l2"]),
+        (["--sample.reference_per_prompt", "-1"], ["reference_per_prompt"]),
+        (["--evaluate.temperature", "-1"], ["evaluate.temperature"]),
+        (["--evaluate.top_p", "0"], ["evaluate.top_p"]),
+        (["--evaluate.tie_margin", "-1"], ["tie_margin"]),
+        (["--seed", "-1"], ["seed"]),
         (["--evaluate.judge", "nowhere:f", "--data", "DATA"], ["nowhere"]),
+        (["--evaluate.judge", "no/such/folder", "--data", "DATA"], ["no/such/folder"]),
+        (["--evaluate.judge", "MODEL", "--data", "DATA"], ["no reward model", "SequenceClassification"]),
+        (["--reward.pretrained", "no/such/folder", "--data", "DATA"], ["no/such/folder"]),
         (["missing.yaml"], ["missing.yaml"]),
     ],
 )
 def test_options_are_checked_before_anything_is_written(flags, words, tmp_path, model_folder, data, capsys):
     out = tmp_path / "out"
-    flags = [str(data) if f == "DATA" else f for f in flags]
+    flags = [{"DATA": str(data), "MODEL": str(model_folder)}.get(f, f) for f in flags]
     code = main(["run", *flags, "--model", str(model_folder), "--output-dir", str(out)])
     said = capsys.readouterr().err
     assert code == 2

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from scipy import optimize, special
 from transformers import TrainingArguments
 
 import plain
 from prefdistill.data.tree import Tree
+from prefdistill.errors import ConfigError
 from prefdistill.models.forward import TreeModel
 from prefdistill.models.loading import (
     add_lora,
@@ -33,6 +35,7 @@ from prefdistill.training.reward import (
     RewardExample,
     RewardTrainer,
     calibrate,
+    cross_calibrated,
     distinct_pad_id,
     fit_head,
     scale_head,
@@ -482,3 +485,37 @@ def test_with_a_distinct_pad_the_end_token_is_seen():
             truth = [float(r) for r in plain.rewards(model, tree)]
         np.testing.assert_allclose(ours, truth, rtol=1e-4, atol=1e-5)
         assert (abs(truth[0] - truth[1]) > 1e-3) == differ
+
+
+def test_reward_models_that_are_none_are_refused(tmp_path):
+    """Weights that are missing would be random numbers; an encoder has no last token to read."""
+    model = tiny("llama", classifier=True)
+    model.save_pretrained(tmp_path / "whole")
+    load_classifier(str(tmp_path / "whole"))
+    weights = load_file(tmp_path / "whole" / "model.safetensors")
+    del weights["score.weight"]
+    save_file(weights, tmp_path / "whole" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"lacks 1 weights, such as score\.weight"):
+        load_classifier(str(tmp_path / "whole"))
+    (tmp_path / "whole" / "model.safetensors").write_bytes(b"junk")
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        load_classifier(str(tmp_path / "whole"))
+    bert = transformers.BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=1
+    )
+    transformers.BertForSequenceClassification(bert).save_pretrained(tmp_path / "bert")
+    with pytest.raises(ConfigError, match="no linear head named 'score'"):
+        load_classifier(str(tmp_path / "bert"))
+
+
+def test_cross_calibration_gives_a_half_the_others_scale():
+    rng = np.random.default_rng(0)
+    truth = rng.normal(0, 2, 4000)
+    margins = np.where(rng.random(4000) < 1 / (1 + np.exp(-truth)), truth, -truth)
+    prompts = np.arange(4000) // 2
+    half = np.isin(prompts, np.unique(prompts)[::2])
+    stretched = np.where(half, 3 * margins, margins)  # only the one half is too sure
+    found = cross_calibrated(stretched, prompts)
+    assert found[half] == pytest.approx(calibrate(margins[~half]) * stretched[half])
+    assert found[~half] == pytest.approx(calibrate(3 * margins[half]) * stretched[~half])
+    assert cross_calibrated(margins[:2], np.zeros(2)) == pytest.approx(margins[:2])  # one prompt has no other half

@@ -380,6 +380,25 @@ def test_the_first_margin_is_zero_in_other_batches_too(tmp_path):
     assert logged["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_models_dropout_is_off_while_log_probs_are_compared(family, tmp_path):
+    """Layers of dropout (GPT-2) and rates handed to functions (Llama's attention): the first margin is still zero."""
+    model = tiny(family, **({"attention_dropout": 0.5} if family == "llama" else {}))
+    column = Column(tmp_path / "logps", "m")
+    fill({"logps": column}, PAIRED, Watched(model), token_budget=200)
+    logged = first_step(model, PAIRED, column, tmp_path, batch=len(PAIRED))
+    assert abs(logged["rewards/margins"]) < 1e-5
+    assert abs(logged["logps/level_change"]) < 1e-4
+
+
+def test_a_response_of_several_trees_is_computed_once(tmp_path):
+    column, tree = Column(tmp_path, "m"), TREES[0]
+    halves = [Tree(tree.prompt_ids, tree.responses[:2]), Tree(tree.prompt_ids, (tree.responses[0], tree.responses[0]))]
+    computed = fill({"logps": column}, [tree, *halves, tree], Watched(model_of("llama")))
+    assert computed == len(set(tree.responses)) == len(column.values)
+    assert len(column.of(halves[1])) == 2
+
+
 def test_keys_are_of_prompt_and_response(tmp_path):
     fill({"logps": Column(tmp_path, "m")}, TREES, Watched(model_of("llama")))
     assert set(Column(tmp_path, "m").values) == {response_key(t.prompt_ids, r) for t in TREES for r in t.responses}

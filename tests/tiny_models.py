@@ -42,6 +42,12 @@ def tiny(family: str, *, classifier: bool = False, seed: int = 0, **overrides):
         config = tf.Gemma2Config(**shape, sliding_window=6)
     elif family == "granite":
         config = tf.GraniteConfig(**shape, logits_scaling=3.0)
+    elif family == "gpt2":
+        # Learnt positions, tied head, and dropout everywhere.
+        config = tf.GPT2Config(
+            vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=512, bos_token_id=1, eos_token_id=2,
+            pad_token_id=0, attn_pdrop=0.5, embd_pdrop=0.5, resid_pdrop=0.5,
+        )  # fmt: skip
     elif family == "mamba":
         config = tf.MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=8, pad_token_id=0)
     elif family == "bloom":

@@ -1,0 +1,169 @@
+"""Faults of the main job that were found by looking, each with the run that showed it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from prefdistill import pipeline
+from prefdistill.data.table import read_groups
+from prefdistill.errors import DataError
+from prefdistill.models.backbone import backbone_of
+from prefdistill.models.loading import add_lora, load_policy
+from prefdistill.stages import members
+from prefdistill.stages.run import Run, last_checkpoint
+from test_pipeline import data, model_folder, rows, small  # noqa: F401
+from tiny_models import tiny
+from tiny_tokenizers import gpt2, llama3
+
+
+def test_an_end_token_inside_a_text_is_a_bad_row(tmp_path, model_folder):  # noqa: F811
+    """A policy would stop there: the row is named, or dropped with its reason."""
+    path = tmp_path / "pairs.jsonl"
+    lines = rows()
+    lines[4]["rejected"] = " red<|endoftext|> blue"
+    path.write_text("".join(json.dumps(r) + "\n" for r in lines), encoding="utf-8")
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match=r"row 5.*rejected.*end token '<\|endoftext\|>'"):
+        pipeline.run(small(path, model_folder, out, methods="[dpo]"), until="data")
+    assert not out.exists()
+    pipeline.run(small(path, model_folder, out, methods="[dpo]", **{"dataset.on_bad_row": "drop"}), until="data")
+    (dropped,) = map(json.loads, (out / "data" / "rejected.jsonl").read_text().splitlines())
+    assert "end token" in dropped["reason"]
+
+
+def test_demonstrations_that_do_not_fit_are_counted(tmp_path, model_folder, capsys):  # noqa: F811
+    path = tmp_path / "pairs.jsonl"
+    demos = [{**r, "demo": " red" * (60 if i % 2 else 2)} for i, r in enumerate(rows())]
+    path.write_text("".join(json.dumps(r) + "\n" for r in demos), encoding="utf-8")
+    options = {"sft.enabled": True, "sft.on": "demo", "dataset.max_response_tokens": 50}
+    pipeline.run(small(path, model_folder, tmp_path / "out", methods="[dpo]", **options), until="start")
+    groups = [g for g in read_groups(tmp_path / "out" / "data" / "prompts.parquet") if g.split == "train"]
+    long = sum(len(g.extra["demo"]) > 100 for g in groups)
+    said = capsys.readouterr().err
+    assert f"supervised start on {len(groups) - long} prompts, {long} demonstrations left out as too long" in said
+
+
+def test_other_weights_under_the_same_name_are_noticed(data, model_folder, tmp_path, capsys):  # noqa: F811
+    """A ready member, which is the judge too, is trained again in its place: what hangs on it is done again."""
+    first, member = tmp_path / "first", tmp_path / "first" / "reward" / "member-0"
+    pipeline.run(small(data, model_folder, first, methods="[d-dpo]"), until="reward")
+    options = {"reward.members": 0, "reward.pretrained": f"[{member}]", "evaluate.judge": member}
+    config = small(data, model_folder, tmp_path / "run", methods="[d-dpo]", **options)
+    pipeline.run(config)
+    scores = json.loads((tmp_path / "run" / "evaluation" / "scores.json").read_text())
+    head = member / "model-00002-of-00002.safetensors"
+    weights = load_file(head)
+    save_file({"score.weight": torch.randn_like(weights["score.weight"])}, head, metadata={"format": "pt"})
+    capsys.readouterr()
+    pipeline.run(config)
+    said = capsys.readouterr().err
+    for stage in ("score", "distill:d-dpo", "evaluate"):
+        assert f"{stage}: done before" not in said
+    assert json.loads((tmp_path / "run" / "evaluation" / "scores.json").read_text()) != scores
+
+
+def test_data_under_the_home_folder_are_noticed_too(data, model_folder, tmp_path, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = small("~/pairs.jsonl", model_folder, tmp_path / "run", methods="[dpo]")
+    pipeline.run(config, until="data")
+    data.write_text("".join(json.dumps(r) + "\n" for r in rows(24, seed=5)), encoding="utf-8")
+    pipeline.run(config, until="data")
+    assert sum(len(g.pairs) for g in read_groups(tmp_path / "run" / "data" / "prompts.parquet")) == 24
+
+
+def test_samples_longer_than_the_datas_bound_are_judged(data, model_folder, tmp_path):  # noqa: F811
+    out = tmp_path / "run"
+    options = {"dataset.max_response_tokens": 40, "evaluate.max_new_tokens": 60}
+    config = small(data, model_folder, out, methods="[dpo]", **options)
+    pipeline.run(config)
+    drawn = json.loads((out / "evaluation" / "samples" / "reference.json").read_text())["samples"]
+    assert max(len(s["ids"]) for d in drawn for s in d) > 40
+    scores = json.loads((out / "evaluation" / "scores.json").read_text())
+    assert [len(s) for s in scores["reference"]] == [2] * len(drawn)
+
+
+def test_columns_in_another_folder_are_computed_there(data, model_folder, tmp_path):  # noqa: F811
+    out, shared = tmp_path / "run", tmp_path / "shared"
+    pipeline.run(small(data, model_folder, out, methods="[d-dpo]"), until="score")
+    config = small(data, model_folder, out, methods="[d-dpo]", **{"score.columns": shared})
+    pipeline.run(config, until="distill")
+    assert list(shared.glob("reference-logps-*/shard-*"))
+    for folder in list(shared.iterdir()):
+        shutil.rmtree(folder)
+    pipeline.run(config, until="score")
+    assert list(shared.glob("reference-logps-*/shard-*")), "columns that were removed are computed again"
+
+
+def test_an_adapter_as_the_policy(data, model_folder, tmp_path):  # noqa: F811
+    """Heads on it, and the judge, keep its weights; what is saved loads whole."""
+    base = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    adapted = add_lora(base, rank=4, task="CAUSAL_LM")
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    adapted.peft_config["default"].base_model_name_or_path = str(model_folder)
+    adapted.save_pretrained(tmp_path / "adapter")
+    out = tmp_path / "run"
+    config = small(data, tmp_path / "adapter", out, methods="[d-dpo]", precision="auto")
+    pipeline.run(config)
+    merged = load_policy(str(tmp_path / "adapter"))
+    for folder in ("reward/member-0", "judge"):
+        loaded, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+            out / folder, output_loading_info=True
+        )
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
+        for name, tensor in backbone_of(merged).state_dict().items():
+            torch.testing.assert_close(backbone_of(loaded).state_dict()[name], tensor)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    moved = [not torch.equal(a, b) for a, b in zip(merged.parameters(), plain.parameters(), strict=True)]
+    assert any(moved)
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_members_read_the_same_tokens_in_training_and_in_scoring(other, data, model_folder, tmp_path, monkeypatch):  # noqa: F811
+    """Members on another base: its tokenizer alike or not, prompts are cut as the run's are."""
+    base = tmp_path / "base"
+    tokenizer = llama3() if other else gpt2()
+    tiny(
+        "llama", seed=5, vocab_size=len(tokenizer), pad_token_id=None, eos_token_id=tokenizer.eos_token_id
+    ).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    seen = []
+    real = members.member_trees
+
+    def spy(run, groups, encoder):
+        trees = real(run, groups, encoder)
+        seen.append({(t.prompt_ids, t.responses) for t in trees})
+        return trees
+
+    monkeypatch.setattr(members, "member_trees", spy)
+    options = {"reward.hold": "lora", "reward.members": 1, "reward.models": f"[{base}]", "dataset.max_prompt_tokens": 8}
+    config = small(data, model_folder, tmp_path / "run", methods="[d-dpo]", **options)
+    pipeline.run(config, until="score")
+    train, _, scored = seen[:3]
+    assert train <= scored
+    assert max(len(p) for p, _ in train) == 8
+    same = {(g.ids, tuple(r.ids for r in g.responses)) for g in Run(config).groups}
+    assert (train <= same) != other
+
+
+def test_seeds_of_members_differ_between_runs():
+    assert len({members.seed_of(seed, k) for seed in range(20) for k in range(20)}) == 400
+
+
+def test_a_half_written_checkpoint_is_not_read(tmp_path):
+    for step, state in ((2, "{}"), (4, "{}"), (6, '{"half'), (8, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4"]
+    assert last_checkpoint(tmp_path / "nothing") is None
