@@ -5,12 +5,11 @@ python scripts/draw_chosen_logps.py runs/quickstart docs/chosen_logps.svg
 
 from __future__ import annotations
 
-import base64
 import json
 import sys
 from pathlib import Path
 
-from prefdistill.atomic import fresh_file
+from prefdistill.atomic import write_text
 from prefdistill.report import pictures
 
 
@@ -23,8 +22,7 @@ def main(root: Path, target: Path) -> None:
     uri = pictures.lines(curves, palette, ylabel="change of the chosen\nlog-prob, nats")
     if uri is None:
         sys.exit(f"{root}/policy holds no history with chosen log-probs")
-    with fresh_file(target) as part:
-        part.write_bytes(base64.b64decode(uri.split(",", 1)[1]))
+    write_text(target, pictures.svg_of(uri))
 
 
 if __name__ == "__main__":

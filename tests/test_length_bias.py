@@ -172,6 +172,7 @@ def test_the_sweep_trains_once_and_collects(data, model_folder, tmp_path, capsys
         scores = json.loads((folder / "evaluation" / "scores.json").read_text())
         for row in (r for r in table["rows"] if r["rho"] == rho):
             assert row["advantage"]["mean"] == pytest.approx(summary["methods"][row["method"]]["advantage"]["mean"])
+            assert row["win_rate"]["mean"] == pytest.approx(summary["methods"][row["method"]]["win_rate"]["mean"])
             assert row["by_seed"] == [summary["methods"][row["method"]]["advantage"]["mean"]]
             if row["method"] != "dpo":
                 gap = np.mean(scores[row["method"]]) - np.mean(scores["dpo"])
@@ -192,6 +193,19 @@ def test_the_sweep_trains_once_and_collects(data, model_folder, tmp_path, capsys
     assert "training" not in said
     assert said.count("nothing to do") == 2 * len(job.rhos)
     assert collect(tmp_path / "sweep", job, natural_rate=0.5, pairs=1)["rows"] == table["rows"]
+
+
+def test_an_ensemble_of_more_rho_than_are_trained_on(data, model_folder, tmp_path):  # noqa: F811
+    """The ends of the sweep alone, pessimistic over reward models of all rho."""
+    job = sweep(data, model_folder, tmp_path / "sweep", rhos=(0.2,), methods=("dpo", "e-dpo"), member_rhos=(0.4, 0.6))
+    table = run_sweep(job)
+    assert table["member_rhos"] == [0.2, 0.4, 0.6]
+    assert {r["rho"] for r in table["rows"]} == {0.2}
+    scored = pq.read_table(run_folder(tmp_path / "sweep", 0, 0.2) / "data" / "scored.parquet").to_pydict()
+    assert all(len(r) == 3 for r in scored["rewards_chosen"])
+    for rho in (0.4, 0.6):
+        assert (run_folder(tmp_path / "sweep", 0, rho) / "reward" / "member-0").is_dir()
+        assert not (run_folder(tmp_path / "sweep", 0, rho) / "policy").exists()
 
 
 def test_the_sweep_is_checked(data, model_folder, tmp_path):  # noqa: F811
@@ -218,6 +232,10 @@ def test_the_experiment_command(data, model_folder, tmp_path, capsys):  # noqa: 
     page = (out / "length-bias.html").read_text(encoding="utf-8")
     assert page.count("data:image/svg+xml") == 3
     assert "by seed" in page
+    table = (out / "length-bias.md").read_text(encoding="utf-8")
+    assert table.count("| 0.2 |") == 2 + 1  # two methods, one reward model
+    assert "(length-bias.svg)" in table
+    assert (out / "length-bias.svg").read_text(encoding="utf-8").lstrip().startswith("<")
     table = json.loads((out / "length-bias.json").read_text())
     assert all(len(r["by_seed"]) == 2 for r in table["rows"])
     assert main(["experiment", "length-bias", "--seeds", "one"]) == 2

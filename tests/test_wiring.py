@@ -182,6 +182,44 @@ def test_scored_pairs_hold_centred_rewards(ran):
         assert [row["rewards_chosen"][k] for row in scored] == pytest.approx(expected, abs=1e-4)
 
 
+def test_rewards_of_samples_stand_beside_those_of_labelled_responses(ran):
+    """The share outside the range, and what the ensemble asks for where it agrees, from the members' folders."""
+    groups, end = ran.groups, ran.config.distill.of("dp-dpo").beta
+    train, test = in_split(groups, "train"), in_split(groups, "test")
+    shares, drawn_rewards, agreed = [], [], []
+    for k in range(2):
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(ran.member_path(k))
+
+        def reward(g, ids, model=model):
+            with torch.no_grad():
+                return float(model(torch.tensor([[*g.ids, *ids]])).logits)
+
+        def labelled(g, reward=reward):
+            return np.array([reward(g, g.responses[i].ids) for i in sorted({i for p in g.pairs for i in p})])
+
+        siblings = np.concatenate([[x - np.delete(r, i).mean() for i, x in enumerate(r)] for r in map(labelled, train)])
+        own = drawn(ran, "dp-dpo", "kl_samples")
+        scores = np.array([[reward(g, s) - labelled(g).mean() for s in d] for g, d in zip(test, own, strict=True)])
+        shares.append(((scores > siblings.max()) | (scores < siblings.min())).mean())
+        reference = drawn(ran, "reference", "kl_samples")
+        drawn_rewards.append([[reward(g, s) for s in d] for g, d in zip(test, reference, strict=True)])
+        agreed.append(
+            [[np.sign(reward(g, g.responses[c].ids) - reward(g, g.responses[w].ids)) for c, w in g.pairs] for g in test]
+        )
+    alike = np.array([np.mean([a == b for a, b in zip(x, y, strict=True)]) for x, y in zip(*agreed, strict=True)])
+    where = alike >= np.median(alike)
+    tilt = np.exp(np.mean(drawn_rewards, axis=0)[where] / end)
+    q = tilt / tilt.sum(1, keepdims=True)
+    asked = (q * np.log(q * q.shape[1])).sum(1).mean()
+    checks = {(c["kind"], c["subject"]): c for c in read(ran, "diagnosis")["checks"]}
+    assert checks["reward extrapolates", "dp-dpo"]["value"] == pytest.approx(max(shares))
+    stayed = checks["over-conservative", "dp-dpo"]
+    assert f"the {where.sum()} prompts where the members agree most" in stayed["text"]
+    assert asked > 0
+    if stayed["state"] == "ill":
+        assert f"{asked:.2f}" in stayed["text"] or f"{asked:.3f}" in stayed["text"]
+
+
 def test_forward_kl_counts_a_response_as_often_as_it_was_drawn(ran):
     groups = [g for g in ran.groups if g.split == "train"]
     examples = examples_of(ran, "train", rewards=False)

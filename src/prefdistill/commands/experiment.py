@@ -32,7 +32,8 @@ def main(argv: list[str]) -> int:
 
     from prefdistill.cli import parse, quiet
     from prefdistill.experiments.length_bias import METHODS, RHOS, Sweep, run_sweep
-    from prefdistill.report.sweep import write_sweep
+    from prefdistill.report.pictures import svg_of
+    from prefdistill.report.sweep import advantage_picture, sweep_markdown, write_sweep
 
     if not rest or rest[0].startswith("-"):
         rest = [str(files("prefdistill.embedded").joinpath(DEFAULTS)), *rest]
@@ -51,8 +52,12 @@ def main(argv: list[str]) -> int:
     table = run_sweep(sweep)
     root = Path(config.output_dir)
     write_json(root / "length-bias.json", table)
-    page = write_sweep(table, version=version("prefdistill"), command=" ".join(["prefdistill experiment", *argv]))
-    write_text(root / "length-bias.html", page)
+    made = {"version": version("prefdistill"), "command": " ".join(["prefdistill experiment", *argv])}
+    write_text(root / "length-bias.html", write_sweep(table, **made))
+    write_text(root / "length-bias.md", sweep_markdown(table, picture="length-bias.svg", **made))
+    drawn = advantage_picture(table)
+    if drawn is not None:
+        write_text(root / "length-bias.svg", svg_of(drawn))
     print(f"page: {root / 'length-bias.html'}", file=sys.stderr)
     return 0
 

@@ -129,18 +129,20 @@ def collect(root: Path, sweep: Sweep, *, natural_rate: float, pairs: int) -> dic
             folder = run_folder(root, seed, rho) / "evaluation"
             summaries.append(_read(folder / "summary.json")["methods"])
             found = _read(folder / "scores.json")
-            scores.append({m: np.array(s).mean(1) for m, s in found.items()})
-        mean = {m: np.mean([s[m] for s in scores], axis=0) for m in ("reference", *sweep.methods)}
+            scores.append({m: np.array(s) for m, s in found.items()})
+        mean = {m: np.mean([s[m].mean(1) for s in scores], axis=0) for m in ("reference", *sweep.methods)}
         prompts = np.arange(len(mean["reference"]))
         of_rho: list[dict[str, Any]] = []
         for method in sweep.methods:
             advantage = statistics.cluster_mean(mean[method] - mean["reference"], prompts)
+            won = np.mean([_won(s[method], s["reference"], sweep.config.evaluate.tie_margin) for s in scores], axis=0)
             against = inference.wald_test(mean[method] - mean[BASELINE], prompts) if method != BASELINE else None
             of_rho.append(
                 {
                     "rho": rho,
                     "method": method,
                     "advantage": advantage.as_dict(),
+                    "win_rate": statistics.cluster_mean(won, prompts).as_dict(),
                     "by_seed": [s[method]["advantage"]["mean"] for s in summaries],
                     "against_dpo": None if against is None else against.as_dict(),
                     **{name: _over(summaries, method, name) for name in _AVERAGED},
@@ -162,11 +164,29 @@ def collect(root: Path, sweep: Sweep, *, natural_rate: float, pairs: int) -> dic
         "pairs": pairs,
         "prompts": len(prompts),
         "rows": rows,
+        "over_rho": {m: _over_rho([r for r in rows if r["method"] == m]) for m in sweep.methods},
         "members": {str(rho): _members(root, sweep, rho) for rho in sweep.rhos},
     }
 
 
-_AVERAGED = ("win_rate", "advantage_equal_length", "kl_policy_ref", "length_mean", "chosen_logp_change", "truncated")
+_AVERAGED = ("advantage_equal_length", "kl_policy_ref", "length_mean", "chosen_logp_change", "truncated")
+
+
+def _won(method: np.ndarray, reference: np.ndarray, tie_margin: float) -> np.ndarray:
+    """Share of wins a prompt [P], ties half, of scores [P, S] that meet each of [P, R]."""
+    gap = method[:, :, None] - reference[:, None, :]
+    out: np.ndarray = (0.5 * (1.0 + (gap > tie_margin) - (gap < -tie_margin))).mean((1, 2))
+    return out
+
+
+def _over_rho(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """What a method is worth whatever the bias: its least and its mean advantage, and how far its length goes."""
+    advantages, lengths = [r["advantage"]["mean"] for r in rows], [r["length_mean"] for r in rows]
+    return {
+        "least_advantage": min(advantages),
+        "mean_advantage": float(np.mean(advantages)),
+        "length_range": max(lengths) - min(lengths),
+    }
 
 
 def _over(summaries: Sequence[dict[str, Any]], method: str, name: str) -> float | None:

@@ -25,7 +25,17 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
-__all__ = ["Palette", "calibration", "correlations", "histogram", "intervals", "is_number", "lines", "reward_and_kl"]
+__all__ = [
+    "Palette",
+    "calibration",
+    "correlations",
+    "histogram",
+    "intervals",
+    "is_number",
+    "lines",
+    "reward_and_kl",
+    "svg_of",
+]
 
 INK, FAINT, GRID = "#1f2328", "#6e7681", "#e3e6ea"
 
@@ -74,6 +84,11 @@ class Palette:
 
     def marker(self, name: str) -> str:
         return self._all[name][1] if name in self._all else "o"
+
+
+def svg_of(uri: str) -> str:
+    """The SVG inside a picture's data URI, for a file of its own."""
+    return base64.b64decode(uri.split(",", 1)[1]).decode("utf-8")
 
 
 def _label(text: Any, longest: int = 26) -> str:

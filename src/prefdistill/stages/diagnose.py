@@ -56,7 +56,8 @@ def history_of(run: Run, method: str) -> list[tuple[float, float]]:
 def _add_ensemble(run: Run, facts: dict[str, dict[str, Any]]) -> None:
     """Puts in, for the methods that distil rewards, where the ensemble agrees and how far samples leave the data."""
     everything, groups = run.groups, held_out_groups(run)
-    by_member, sampled = member_rewards(run, everything), sample_rewards(run)
+    # As the members give them: what is compared below must have one and the same level.
+    by_member, sampled = member_rewards(run, everything, centred=False), sample_rewards(run)
     training = [i for i, g in enumerate(everything) if g.split == "train" and g.pairs]
     held_out = [i for i, g in enumerate(everything) if g.split == run.config.evaluate.split]
     agree = of_rewards.agreeing_prompts(

@@ -297,14 +297,14 @@ def reward_column(run: Run, k: int, folder: str) -> Column:
     return run.column(f"rewards-{k}", model_fingerprint(folder, run.precision))
 
 
-def member_rewards(run: Run, groups: Sequence[PromptGroup]) -> list[list[np.ndarray]]:
-    """Rewards [K][group] -> [R], centred: their mean over the training responses is 0; from columns only."""
+def member_rewards(run: Run, groups: Sequence[PromptGroup], *, centred: bool = True) -> list[list[np.ndarray]]:
+    """Rewards [K][group] -> [R], from columns only; centred, their mean over the training responses is 0."""
     out = []
     train = [i for i, g in enumerate(groups) if g.split == "train"]
     for k, folder in enumerate(member_folders(run)):
         column, trees = reward_column(run, k, folder), member_trees(run, groups, encoder_of(run, folder))
         values = [column.of(t) for t in trees]
-        centre = float(np.concatenate([values[i] for i in train] or values).mean())
+        centre = float(np.concatenate([values[i] for i in train] or values).mean()) if centred else 0.0
         out.append([v - centre for v in values])
     return out
 
