@@ -112,7 +112,8 @@ def test_is_it_broken_is_answered_by_the_judge(low, high, state, answer):
     assert answer in found.what_to_do
     assert "-4.00 nats" in found.text
     assert "margins grew" in found.text
-    assert warnings_of([found]) == [{"kind": found.kind, "text": found.text, "what_to_do": found.what_to_do}]
+    (warning,) = warnings_of([found])
+    assert warning == {"kind": found.kind, "state": state, "text": found.text, "what_to_do": found.what_to_do}
 
 
 def test_conservatism_is_judged_where_the_ensemble_agrees():

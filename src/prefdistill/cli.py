@@ -181,7 +181,8 @@ def _print_summary(root: Any) -> None:
     console.print(table)
     console.print(summary["verdict"], markup=False)
     for warning in summary["warnings"]:
-        console.print(f"warning: {warning['text']} {warning['what_to_do']}", markup=False)
+        word = "note" if warning.get("state") == "watch" else "warning"
+        console.print(f"{word}: {warning['text']} {warning['what_to_do']}", markup=False)
     console.print(f"report: {root / 'report.html'}", markup=False)
 
 

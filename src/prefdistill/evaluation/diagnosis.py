@@ -86,8 +86,12 @@ def check_run(
 
 
 def warnings_of(checks: Iterable[Check]) -> list[dict[str, str]]:
-    """What a user must read: {"kind", "text", "what_to_do"} of every check that is ill or to be watched."""
-    return [{"kind": c.kind, "text": c.text, "what_to_do": c.what_to_do} for c in checks if c.state in ("ill", "watch")]
+    """What a user must read: {"kind", "state", "text", "what_to_do"} of every check that is ill or to be watched."""
+    return [
+        {"kind": c.kind, "state": c.state, "text": c.text, "what_to_do": c.what_to_do}
+        for c in checks
+        if c.state in ("ill", "watch")
+    ]
 
 
 # -- policies ----------------------------------------------------------------------------------------------------------
