@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from prefdistill import pipeline
 from prefdistill.data.table import read_groups
 from prefdistill.errors import DataError
+from prefdistill.evaluation import sampling
 from prefdistill.models.backbone import backbone_of
 from prefdistill.models.loading import add_lora, load_policy
 from prefdistill.stages import members
@@ -167,3 +168,43 @@ def test_a_half_written_checkpoint_is_not_read(tmp_path):
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4"]
     assert last_checkpoint(tmp_path / "nothing") is None
+
+
+@pytest.mark.parametrize("stage", ["sample", "evaluate"])
+def test_a_stopped_sampling_goes_on_after_its_last_batch(stage, data, model_folder, tmp_path, monkeypatch):  # noqa: F811
+    """What was drawn is not drawn again, and the samples are those of a run that nobody stopped."""
+    options = {"methods": "[dp-dpo]", "score.token_budget": 40, "evaluate.temperature": 0.7}
+    whole, stopped = (small(data, model_folder, tmp_path / name, **options) for name in ("whole", "stopped"))
+    until = "sample" if stage == "sample" else None
+    pipeline.run(whole, until=until)
+    if stage == "evaluate":
+        pipeline.run(stopped, until="distill")
+    real, batches = sampling._sample_batch, []
+
+    def stop(*args):
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        batches.append(args[1])
+        return real(*args)
+
+    monkeypatch.setattr(sampling, "_sample_batch", stop)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(stopped, until=until)
+    first, batches[:] = [p for b in batches for p in b], [None]
+
+    def count(*args):
+        batches.append(args[1])
+        return real(*args)
+
+    monkeypatch.setattr(sampling, "_sample_batch", count)
+    pipeline.run(stopped, until=until)
+    assert first
+    again = [p for b in batches[1:] for p in b]
+    if stage == "sample":
+        assert not set(first) & set(again)
+        files = ["data/sampled.parquet"]
+    else:
+        files = [f"evaluation/samples/{m}.json" for m in ("reference", "dp-dpo")]
+    for file in files:
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "stopped" / file).read_bytes()
+    assert not list((tmp_path / "stopped" / ".work").rglob("part-*"))

@@ -132,7 +132,7 @@ def plan(job: Run, manifest: Manifest, make_data: Callable[[], Outcome], source:
                 [config.reference_samples, config.sample.max_new_tokens, common, model],
                 tuple(base),
                 SAMPLE_PASSES,
-                lambda _: prepare.make_samples(job),
+                lambda fingerprint: prepare.make_samples(job, fingerprint),
             )
         )
         base.append("sample")
@@ -223,7 +223,7 @@ def _drawing(job: Run, method: str, common: dict[str, Any]) -> Stage:
         [e.split, e.samples, e.max_new_tokens, e.temperature, e.top_p, common],
         ("data", "reference" if method == "reference" else f"distill:{method}"),
         SAMPLE_PASSES * (2 if method == "reference" else 1) * 0.5,
-        lambda _: draw.draw(job, method),
+        lambda fingerprint: draw.draw(job, method, fingerprint),
     )
 
 

@@ -6,7 +6,7 @@ not depend on which other prompts share its batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,8 @@ def sample(
     token_budget: int = 8192,
     keys: Sequence[int] | None = None,
     progress: Callable[[int], None] = lambda done: None,
+    known: Mapping[int, list[Sample]] | None = None,
+    keep: Callable[[dict[int, list[Sample]]], None] = lambda drawn: None,
 ) -> list[list[Sample]]:
     """`n` samples for each prompt, in the prompts' order.
 
@@ -66,7 +68,11 @@ def sample(
         token_budget: bound on prompt and response tokens held at a time, padding included.
         keys: a number for each prompt that its random numbers hang on (its place by default).
         progress: told how many prompts were done, a batch at a time.
+        known: samples by the prompt's place that an earlier call with the same arguments drew; batches are cut as
+            without them, so that what is drawn stays the same to the bit.
+        keep: given the samples of every batch that is drawn, by the prompt's place.
     """
+    known = known or {}
     keys = range(len(prompts)) if keys is None else keys
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     out: list[list[Sample]] = [[] for _ in prompts]
@@ -77,6 +83,12 @@ def sample(
         while start < len(order):
             width = len(prompts[order[start]]) + options.max_new_tokens
             rows = order[start : start + max(1, token_budget // (width * n))]
+            start += len(rows)
+            if all(i in known for i in rows):
+                for i in rows:
+                    out[i] = known[i]
+                progress(len(rows))
+                continue
             noise = np.stack(
                 [
                     np.random.default_rng([options.seed, keys[i], s]).random(options.max_new_tokens)
@@ -87,8 +99,8 @@ def sample(
             drawn = _sample_batch(model, [prompts[i] for i in rows], n, set(end_ids), options, noise)
             for j, i in enumerate(rows):
                 out[i] = drawn[j * n : (j + 1) * n]
+            keep({i: out[i] for i in rows})
             progress(len(rows))
-            start += len(rows)
     model.train(training)
     return out
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from torch import nn
 
 from prefdistill.atomic import write_json
 from prefdistill.data.table import PromptGroup, in_split
@@ -35,7 +39,30 @@ def held_out_groups(run: Run) -> list[PromptGroup]:
     return in_split(run.groups, run.config.evaluate.split)
 
 
-def draw(run: Run, method: str) -> tuple[list[Path], str]:
+def as_json(drawn: Iterable[Sample]) -> list[dict[str, Any]]:
+    return [{"ids": s.ids, "finished": s.finished} for s in drawn]
+
+
+def from_json(written: Iterable[Mapping[str, Any]]) -> list[Sample]:
+    return [Sample(tuple(s["ids"]), s["finished"]) for s in written]
+
+
+def sample_in_parts(
+    model: nn.Module, prompts: Sequence[tuple[int, ...]], folder: Path, **options: Any
+) -> list[list[Sample]]:
+    """`sample`, whose batches are kept in a folder as they are drawn, so that a stopped stage goes on after them."""
+    known: dict[int, list[Sample]] = {}
+    for part in sorted(folder.glob("part-*.json")):
+        written = json.loads(part.read_text(encoding="utf-8"))
+        known |= {int(i): from_json(drawn) for i, drawn in written.items()}
+
+    def keep(drawn: dict[int, list[Sample]]) -> None:
+        write_json(folder / f"part-{min(drawn):06d}.json", {i: as_json(d) for i, d in drawn.items()})
+
+    return sample(model, prompts, known=known, keep=keep, **options)
+
+
+def draw(run: Run, method: str, fingerprint: str) -> tuple[list[Path], str]:
     """Samples of a policy on the held-out prompts.
 
     The reference draws twice as many: every method is compared with all of them, and their second half with the first
@@ -45,6 +72,7 @@ def draw(run: Run, method: str) -> tuple[list[Path], str]:
     n = options.samples * (2 if method == "reference" else 1)
     honest = options.temperature == 1 and options.top_p == 1
     model = load_policy(policy_of(run, method), trust_remote_code=run.config.trust_remote_code).to(run.device)
+    work = run.work_path(f"evaluate-{method}", fingerprint)
     streams: dict[str, list[list[Sample]]] = {}
     wanted = [("samples", n, options.temperature, options.top_p, run.config.seed)]
     if not honest:
@@ -53,9 +81,10 @@ def draw(run: Run, method: str) -> tuple[list[Path], str]:
         wanted.append(("kl_samples", 2 if method == "reference" else 1, 1.0, 1.0, run.config.seed + 1))
     with run.progress(len(groups) * len(wanted), "prompts") as tick:
         for name, count, temperature, top_p, seed in wanted:
-            streams[name] = sample(
+            streams[name] = sample_in_parts(
                 model,
                 [g.ids for g in groups],
+                work / name,
                 n=count,
                 end_ids=run.encoder.end_ids,
                 # Methods share their random numbers: the same luck for both sides of a comparison.
@@ -65,10 +94,8 @@ def draw(run: Run, method: str) -> tuple[list[Path], str]:
                 progress=tick,
             )
     del model
-    written = {
-        name: [[{"ids": s.ids, "finished": s.finished} for s in d] for d in drawn] for name, drawn in streams.items()
-    }
-    write_json(samples_path(run, method), written)
+    write_json(samples_path(run, method), {name: [as_json(d) for d in drawn] for name, drawn in streams.items()})
+    shutil.rmtree(work, ignore_errors=True)
     lengths = [len(s.ids) for d in streams["samples"] for s in d]
     return [samples_path(run, method)], (
         f"{method}: {n} samples for each of {len(groups)} prompts, {np.mean(lengths):.1f} tokens on average"
@@ -78,4 +105,4 @@ def draw(run: Run, method: str) -> tuple[list[Path], str]:
 def read_samples(run: Run, method: str, name: str = "samples") -> list[list[Sample]]:
     written = json.loads(samples_path(run, method).read_text(encoding="utf-8"))
     drawn = written.get(name, written["samples"])
-    return [[Sample(tuple(s["ids"]), s["finished"]) for s in d] for d in drawn]
+    return [from_json(d) for d in drawn]

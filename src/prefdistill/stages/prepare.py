@@ -29,8 +29,9 @@ from prefdistill.data.table import (
 )
 from prefdistill.data.tree import Tree
 from prefdistill.errors import DataError
-from prefdistill.evaluation.sampling import SamplingOptions, sample
+from prefdistill.evaluation.sampling import SamplingOptions
 from prefdistill.models.loading import add_lora, load_policy, save_model
+from prefdistill.stages.draw import sample_in_parts
 from prefdistill.stages.run import Run, last_checkpoint
 from prefdistill.training.callbacks import ProgressCallback, quiet
 from prefdistill.training.sft import SFTTrainer
@@ -195,15 +196,16 @@ def _demonstrations(run: Run) -> tuple[list[Tree], int]:
     return trees, too_long
 
 
-def make_samples(run: Run) -> tuple[list[Path], str]:
+def make_samples(run: Run, fingerprint: str) -> tuple[list[Path], str]:
     """data/sampled.parquet: the prompts, those of training with responses drawn from the reference joined."""
     groups = read_groups(run.groups_path)
     n, train = run.config.reference_samples, [g for g in groups if g.split == "train"]
     bound = min(run.config.sample.max_new_tokens, run.config.dataset.max_response_tokens)
     with run.progress(len(train), "prompts") as tick:
-        drawn = sample(
+        drawn = sample_in_parts(
             run.load_reference(),
             [g.ids for g in train],
+            run.work_path("sample", fingerprint),
             n=n,
             end_ids=run.encoder.end_ids,
             options=SamplingOptions(max_new_tokens=bound, seed=run.config.seed),
@@ -217,6 +219,7 @@ def make_samples(run: Run) -> tuple[list[Path], str]:
             [Response(run.encoder.decode_response(s.ids), s.ids, s.finished, "reference") for s in samples],
         )
     write_groups(run.sampled_path, groups)
+    shutil.rmtree(run.work_path("sample", fingerprint), ignore_errors=True)
     unfinished = sum(not s.finished for d in drawn for s in d)
     return [run.sampled_path], (
         f"{n} responses of the reference for each of {len(train)} training prompts, {unfinished} cut at {bound} tokens"
