@@ -18,6 +18,7 @@ from prefdistill.models.backbone import backbone_of
 from prefdistill.models.loading import add_lora, load_policy
 from prefdistill.stages import members
 from prefdistill.stages.run import Run, last_checkpoint
+from prefdistill.training.callbacks import ProgressCallback
 from test_pipeline import data, model_folder, rows, small  # noqa: F401
 from tiny_models import tiny
 from tiny_tokenizers import gpt2, llama3
@@ -208,3 +209,39 @@ def test_a_stopped_sampling_goes_on_after_its_last_batch(stage, data, model_fold
     for file in files:
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "stopped" / file).read_bytes()
     assert not list((tmp_path / "stopped" / ".work").rglob("part-*"))
+
+
+@pytest.mark.parametrize(
+    ("until", "options"),
+    [
+        ("start", {"sft.enabled": True, "methods": "[dpo]"}),
+        ("reward", {"reward.hold": "lora", "reward.members": 2, "methods": "[d-dpo]"}),
+        ("judge", {"reward.hold": "full", "methods": "[dpo]"}),
+    ],
+)
+def test_every_training_goes_on_from_its_checkpoint(until, options, data, model_folder, tmp_path, monkeypatch):  # noqa: F811
+    """Supervised start, members and judge: stopped in the middle, their weights are those of a run nobody stopped."""
+    real_arguments, real_step, steps = Run.training_arguments, ProgressCallback.on_step_end, []
+
+    def often(self, folder, **given):
+        return real_arguments(self, folder, **{**given, "logging_steps": 1, "save_steps": 1})
+
+    def stop(self, args, state, control, **kwargs):
+        real_step(self, args, state, control, **kwargs)
+        steps.append(state.global_step)
+        if len(steps) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "training_arguments", often)
+    small_batches = {"sft.batch_prompts": 3, "reward.batch_prompts": 2, "reward.epochs": 2, "sft.epochs": 2}
+    whole, stopped = (small(data, model_folder, tmp_path / n, **small_batches, **options) for n in ("whole", "stopped"))
+    pipeline.run(whole, until=until)
+    monkeypatch.setattr(ProgressCallback, "on_step_end", stop)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(stopped, until=until)
+    pipeline.run(stopped, until=until)
+    assert steps[2] == 2, "it goes on from the checkpoint of step 1"
+    weights = sorted(p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("*.safetensors"))
+    assert weights
+    for path in weights:
+        assert (tmp_path / "whole" / path).read_bytes() == (tmp_path / "stopped" / path).read_bytes(), path
