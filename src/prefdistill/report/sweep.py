@@ -27,7 +27,7 @@ def advantage_picture(table: Mapping[str, Any]) -> str | None:
     return pictures.curves_with_intervals(
         curves,
         palette,
-        xlabel="ρ: share of training labels that prefer the longer response",
+        xlabel="ρ: share of labels for the longer response",
         ylabel="advantage over the reference",
         mark=(table["natural_rate"], "as labelled"),
     )
