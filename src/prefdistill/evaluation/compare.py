@@ -59,7 +59,7 @@ def compare(
     gap_length = (method.lengths[:, :, None] - reference.lengths[:, None, :]).ravel().astype(np.float64)
     draws: dict[str, Any] = {"seed": seed, "resamples": resamples}
     wins = statistics.win_rate(gap, met, tie_margin, **draws)
-    outcomes = 0.5 * (1.0 + (gap > tie_margin) - (gap < -tie_margin))
+    outcomes = statistics.outcomes(gap, tie_margin)
     equal_length = None
     if np.ptp(longer) > 0 or longer[0] == 0:
         # Else every sample is longer by the same amount: nothing tells length and advantage apart.

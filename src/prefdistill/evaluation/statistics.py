@@ -40,7 +40,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-__all__ = ["Estimate", "WinRate", "cluster_mean", "kl_estimate", "win_rate"]
+__all__ = ["Estimate", "WinRate", "cluster_mean", "kl_estimate", "outcomes", "win_rate"]
 
 Floats = NDArray[np.float64]
 _CHUNK = 4_000_000  # weights held at once while resampling: 32 MB
@@ -198,6 +198,12 @@ def _bca_ends(mean: float, replicates: Floats, totals: Floats) -> tuple[float, f
     return (float(low), float(high))
 
 
+def outcomes(differences: Floats, tie_margin: float) -> Floats:
+    """1 for a win (above `tie_margin`), 0 for a loss (below ``-tie_margin``), 0.5 for a tie; any shape."""
+    won, lost = differences > tie_margin, differences < -tie_margin
+    return 0.5 * (1.0 + won.astype(np.float64) - lost.astype(np.float64))
+
+
 def win_rate(
     differences: ArrayLike, clusters: ArrayLike, tie_margin: float = 0.0, *, resamples: int = 2000, seed: int = 0
 ) -> WinRate:
@@ -212,8 +218,7 @@ def win_rate(
     if not (math.isfinite(tie_margin) and tie_margin >= 0):
         raise ValueError(f"tie_margin must be finite and at least 0, got {tie_margin}")
     won, lost = data > tie_margin, data < -tie_margin
-    score = 0.5 * (1.0 + won.astype(np.float64) - lost.astype(np.float64))
-    rate = cluster_mean(score, clusters, resamples=resamples, seed=seed)
+    rate = cluster_mean(outcomes(data, tie_margin), clusters, resamples=resamples, seed=seed)
     wins, losses, ties = float(won.mean()), float(lost.mean()), float((~won & ~lost).mean())
     return WinRate(**vars(rate), wins=wins, ties=ties, losses=losses)
 

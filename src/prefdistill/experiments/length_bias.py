@@ -175,7 +175,7 @@ _AVERAGED = ("advantage_equal_length", "kl_policy_ref", "length_mean", "chosen_l
 def _won(method: np.ndarray, reference: np.ndarray, tie_margin: float) -> np.ndarray:
     """Share of wins a prompt [P], ties half, of scores [P, S] that meet each of [P, R]."""
     gap = method[:, :, None] - reference[:, None, :]
-    out: np.ndarray = (0.5 * (1.0 + (gap > tie_margin) - (gap < -tie_margin))).mean((1, 2))
+    out: np.ndarray = np.mean(statistics.outcomes(gap, tie_margin), axis=(1, 2))
     return out
 
 
