@@ -121,9 +121,9 @@ def test_the_verdict_says_no_more_than_the_interval(low, high, said):
             tie_margin=0,
             seed=0,
         )
-        assert verdict("e-dpo", {"e-dpo": found}, [], "the oracle").startswith(said)
+        assert verdict("e-dpo", "dpo", {"e-dpo": found}, [], "the oracle").startswith(said)
         return
-    assert verdict("e-dpo", {"e-dpo": method_figures(0.3, low, high)}, [], "the oracle").startswith(said)
+    assert verdict("e-dpo", "dpo", {"e-dpo": method_figures(0.3, low, high)}, [], "the oracle").startswith(said)
 
 
 @pytest.mark.parametrize(("order", "sign"), [(("e-dpo", "dpo"), 1), (("dpo", "e-dpo"), -1)])
@@ -137,4 +137,4 @@ def test_the_verdict_says_no_more_than_the_interval(low, high, said):
 )
 def test_the_verdict_compares_with_dpo_whichever_way_the_test_stands(order, sign, gap, p, said):
     tests = [{"a": order[0], "b": order[1], "difference": {"mean": sign * gap}, "p_value": p}]
-    assert said in verdict("e-dpo", {"e-dpo": method_figures(0.3, 0.1, 0.5)}, tests, "the judge")
+    assert said in verdict("e-dpo", "dpo", {"e-dpo": method_figures(0.3, 0.1, 0.5)}, tests, "the judge")

@@ -71,7 +71,7 @@ def test_the_verdict_is_wrong_about_nothing_in_at_most_one_in_twenty():
             own, base, kl_policy_ref=np.zeros((60, 1)), kl_ref_policy=np.zeros((60, 1)), chosen_logp_change=0.0,
             heldout_chosen_logp_change=0.0, tie_margin=0.0, seed=run, resamples=300,
         )  # fmt: skip
-        better += "is better" in verdict("e-dpo", {"e-dpo": figures}, [], "the oracle")
+        better += "is better" in verdict("e-dpo", "dpo", {"e-dpo": figures}, [], "the oracle")
     assert better / runs <= 0.05
     assert better > 0, "a verdict that never says better proves nothing"
 

@@ -292,15 +292,23 @@ def test_data_too_few_for_the_splits_write_nothing(tmp_path, model_folder):
     assert not (tmp_path / "out").exists()
 
 
-def test_tuning_reads_the_validation_split(data, model_folder, tmp_path):
+def test_tuning_reads_the_validation_split(data, model_folder, tmp_path, capsys):
     """What is chosen on the test prompts says nothing of them: evaluate.split keeps them out of sight."""
     out = tmp_path / "run"
     config = small(data, model_folder, out, methods="[dpo]", **{"evaluate.split": "validation"})
     pipeline.run(config)
     counts = json.loads((out / "data" / "data.json").read_text())["prompts"]
-    summary = json.loads((out / "evaluation" / "summary.json").read_text())
+    summary = json.loads((out / "validation" / "summary.json").read_text())
     assert summary["split"] == "validation"
     assert summary["prompts"] == counts["validation"] != counts["test"]
+    assert not (out / "evaluation").exists()
+    # The test stands beside it: neither takes the other's place.
+    pipeline.run(small(data, model_folder, out, methods="[dpo]"))
+    assert json.loads((out / "evaluation" / "summary.json").read_text())["prompts"] == counts["test"]
+    capsys.readouterr()
+    pipeline.run(config)
+    assert "nothing to do" in capsys.readouterr().err
+    assert (out / "report.html").read_text() != (out / "report-validation.html").read_text()
 
 
 def test_members_as_adapters(data, model_folder, tmp_path):

@@ -20,6 +20,8 @@ COMMANDS = {
     "config": "print a YAML with every option at its value",
 }
 
+STAGE_OF = {"sft": "start"}
+
 # Commands that are no stage of a run: what they do, and the module whose `main` takes their flags.
 OTHERS = {
     "bias": ("D_rho of any data: a fraction rho of the pairs prefers the longer response", "prefdistill.commands.bias"),
@@ -78,7 +80,7 @@ def _command(command: str, argv: list[str]) -> int:
         quiet()
         from prefdistill import pipeline
 
-        root = pipeline.run(config, until=None if command == "run" else pipeline.UNTIL[command])
+        pipeline.run(config, until=None if command == "run" else STAGE_OF.get(command, command))
     except PrefdistillError as error:
         print(f"prefdistill: {error}", file=sys.stderr)
         return 2
@@ -86,7 +88,7 @@ def _command(command: str, argv: list[str]) -> int:
         print("prefdistill: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     if command in ("run", "evaluate", "report"):
-        _print_summary(root)
+        _print_summary(config)
     return 0
 
 
@@ -156,16 +158,21 @@ def quiet() -> None:
     transformers.logging.disable_progress_bar()
 
 
-def _print_summary(root: Any) -> None:
+def _print_summary(config: Any) -> None:
     import json
 
     from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
 
-    path = root / "evaluation" / "summary.json"
+    from prefdistill.stages.run import Run
+
+    run = Run(config)
+    path = run.evaluation_path / "summary.json"
     summary = json.loads(path.read_text(encoding="utf-8"))
-    table = Table(title=f"{summary['prompts']} held-out prompts, judge: {summary['judge']['name']}", box=SIMPLE)
+    table = Table(
+        title=f"{summary['prompts']} {summary['split']} prompts, judge: {summary['judge']['name']}", box=SIMPLE
+    )
     for column in ("method", "advantage\n[95%]", "win rate\n[95%]", "KL", "tokens", "chosen\nlogp"):
         table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
     for name, m in summary["methods"].items():
@@ -183,7 +190,7 @@ def _print_summary(root: Any) -> None:
     for warning in summary["warnings"]:
         word = "note" if warning.get("state") == "watch" else "warning"
         console.print(f"{word}: {warning['text']} {warning['what_to_do']}", markup=False)
-    console.print(f"report: {root / 'report.html'}", markup=False)
+    console.print(f"report: {run.report_path}", markup=False)
 
 
 def _number(value: float | None, form: str) -> str:

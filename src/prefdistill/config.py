@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from prefdistill.options import (
     ScoreOptions,
     SFTOptions,
 )
-from prefdistill.training.methods import METHODS, method_named
+from prefdistill.training.methods import METHODS, Method, method_named
 
 EMBEDDED_DATA = "embedded"
 
@@ -66,7 +67,11 @@ class RunConfig:
 
     @property
     def needs_rewards(self) -> bool:
-        return any(METHODS[m].needs_rewards for m in self.methods)
+        return any(self.row(m).needs_rewards for m in self.methods)
+
+    def row(self, name: str) -> Method:
+        """What a method or a variant of `distill.per_method` trains with."""
+        return METHODS[self.distill.method_of(name)]
 
     @property
     def reference_samples(self) -> int:
@@ -79,14 +84,14 @@ class RunConfig:
 
     def _needs_reference_samples(self, method: str) -> bool:
         """For the forward-KL term, or for the weights of the hull."""
-        row, options = METHODS[method], self.distill.of(method)
+        row, options = self.row(method), self.distill.of(method)
         hull = row.hull or (row.loss == "e_dpo" and options.pessimism.startswith("hull"))
         return hull or (row.forward_kl and options.kl_alpha > 0)
 
     @property
     def primary(self) -> str:
-        """The method that the verdict is about: e-dpo where it was trained, else the last one."""
-        return "e-dpo" if "e-dpo" in self.methods else self.methods[-1]
+        """The method that the verdict is about: the first e-dpo that was trained, else the last one."""
+        return next((m for m in self.methods if self.distill.method_of(m) == "e-dpo"), self.methods[-1])
 
     # -- checks ----------------------------------------------------------------------------------------------------
 
@@ -95,7 +100,8 @@ class RunConfig:
         self._check_values()
         for method, own in self.distill.per_method.items():
             try:
-                replace(self, distill=self.distill.of(method))._check_values()
+                own_put_in = replace(self.distill.of(method), per_method=self.distill.per_method)
+                replace(self, distill=own_put_in)._check_values()
             except ConfigError as error:
                 raise ConfigError(f"distill.per_method.{method} {own}: {error}") from error
 
@@ -104,8 +110,8 @@ class RunConfig:
             raise ConfigError("methods is empty; name at least one, e.g. methods: [dpo, e-dpo]")
         if len(set(self.methods)) < len(self.methods):
             raise ConfigError(f"methods names one twice: {', '.join(self.methods)}")
-        for method in self.methods:
-            method_named(method)
+        for name in self.methods:
+            method_named(self.distill.method_of(name))
         one_of = [
             ("precision", self.precision, ("auto", "float32", "bfloat16")),
             ("dataset.on_bad_row", self.dataset.on_bad_row, ("stop", "drop")),
@@ -137,6 +143,7 @@ class RunConfig:
             ("sft.batch_prompts", self.sft.batch_prompts, 1),
             ("distill.batch_prompts", self.distill.batch_prompts, 1),
             ("distill.lora_rank", self.distill.lora_rank, 0),
+            ("distill.checkpoints", self.distill.checkpoints, 1),
             ("sft.lora_rank", self.sft.lora_rank, 0),
             ("reward.lora_rank", self.reward.lora_rank, 1),
             ("score.token_budget", self.score.token_budget, 1),
@@ -196,8 +203,8 @@ class RunConfig:
             raise ConfigError("distill.members is empty; name at least one member, or null for all")
         known = {f.name for f in fields(DistillOptions)} - {"per_method"}
         for method, own in self.distill.per_method.items():
-            method_named(method)
-            for name in own:
+            _check_variant(method, own)
+            for name in own.keys() - {"method"}:
                 if name not in known:
                     raise ConfigError(f"distill.per_method.{method} has an unknown option {name!r}")
                 _check_type(f"distill.per_method.{method}.{name}", own[name], getattr(DistillOptions(), name))
@@ -223,6 +230,29 @@ class RunConfig:
         from prefdistill.atomic import write_text
 
         write_text(path, self.as_yaml())
+
+
+# Names of variants become folders, files and rows of tables.
+_VARIANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]{0,63}")
+
+
+def _check_variant(name: str, own: dict[str, Any]) -> None:
+    where = f"distill.per_method.{name}"
+    if not isinstance(own, dict):
+        raise ConfigError(f"{where} is {own!r}; it must be a mapping of options")
+    if "method" not in own:
+        if name not in METHODS:
+            raise ConfigError(
+                f"{where}: {name!r} is no method ({', '.join(METHODS)}); a variant must say whose it is, e.g. "
+                "{method: e-dpo, beta: 0.2}"
+            )
+        return
+    if name in METHODS or name == "reference" or not _VARIANT.fullmatch(name):
+        raise ConfigError(
+            f"{where} has `method`, so its name must be one of your own: letters, digits and . _ = , + - only, and no "
+            "name of a method"
+        )
+    method_named(own["method"])
 
 
 def _check_type(name: str, value: Any, usual: Any) -> None:

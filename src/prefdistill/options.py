@@ -155,9 +155,12 @@ class DistillOptions:
         warmup_fraction: share of the steps in which the learning rate rises.
         logging_steps: steps between lines of the history.
         save_steps: steps between checkpoints, from which a stopped run goes on.
+        checkpoints: how many evenly spaced checkpoints are compared by the judge on the validation prompts; the best of
+            them is the policy. 1: the last step is.
         training_arguments: anything else of transformers.TrainingArguments, by name.
         per_method: options of this section that differ for a method, e.g. {dpo: {learning_rate: 2.0e-4}}: what suits
-            one loss can ruin another.
+            one loss can ruin another. A name of your own with `method` is a further row, to be named in methods:
+            {dpo-mild: {method: dpo, beta: 0.5}}.
     """
 
     beta: float = 0.1
@@ -176,12 +179,18 @@ class DistillOptions:
     warmup_fraction: float = 0.1
     logging_steps: int = 5
     save_steps: int = 50
+    checkpoints: int = 1
     training_arguments: dict[str, Any] = field(default_factory=dict)
     per_method: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def of(self, method: str) -> DistillOptions:
-        """The options of one method, its own put in."""
-        return replace(self, per_method={}, **self.per_method.get(method, {}))
+    def of(self, name: str) -> DistillOptions:
+        """The options of one method or variant, its own put in."""
+        own = {key: value for key, value in self.per_method.get(name, {}).items() if key != "method"}
+        return replace(self, per_method={}, **own)
+
+    def method_of(self, name: str) -> str:
+        """The row of the table of methods that a name stands for: itself, or what its variant says."""
+        return str(self.per_method.get(name, {}).get("method", name))
 
 
 @dataclass

@@ -18,7 +18,6 @@ from prefdistill.models.loading import check_classifier
 from prefdistill.scoring import model_fingerprint
 from prefdistill.stages import distill, draw, evaluate, members, prepare, report
 from prefdistill.stages.run import Run
-from prefdistill.training.methods import METHODS
 
 Outcome = tuple[list[Path], str]
 
@@ -66,7 +65,8 @@ def run(config: RunConfig, *, until: str | None = None) -> Path:
     source = _data_fingerprint(config, job)
     groups, dropped = prepare.encode_pairs(job, pairs, bad)
     manifest = Manifest(job.root)
-    stages = _up_to(plan(job, manifest, lambda: prepare.make_data(job, groups, dropped, bad), source), until)
+    stages = plan(job, manifest, lambda: prepare.make_data(job, groups, dropped, bad), source)
+    stages = _up_to(stages, until, job)
     config.write(job.root / "config.yaml")
     prints: dict[str, str] = {}
     todo = []
@@ -186,31 +186,47 @@ def plan(job: Run, manifest: Manifest, make_data: Callable[[], Outcome], source:
             )
         )
     for method in config.methods:
-        stages.append(_distillation(job, method, common))
+        stages.append(_distillation(job, method, common, judged_by))
     for method in ["reference", *config.methods]:
         stages.append(_drawing(job, method, common))
     stages += [
         Stage(
-            "evaluate",
+            job.evaluates,
             "scores, log-probs and statistics",
             [asdict(config.evaluate), judged_by, common, config.methods],
-            ("data", "reference", "score", "judge", *(f"evaluate:{m}" for m in ["reference", *config.methods])),
+            ("data", "reference", "score", "judge", *(f"{job.evaluates}:{m}" for m in ["reference", *config.methods])),
             0.5 * (1 + len(config.methods)),
             lambda _: evaluate.summarise(job),
         ),
-        Stage("report", "writing the report", [], ("evaluate",), 0.1, lambda _: report.make_report(job, manifest)),
+        Stage(
+            job.report_path.stem,
+            "writing the report",
+            [],
+            (job.evaluates,),
+            0.1,
+            lambda _: report.make_report(job, manifest),
+        ),
     ]
     return stages
 
 
-def _distillation(job: Run, method: str, common: dict[str, Any]) -> Stage:
-    needs = METHODS[method].needs_rewards
+def _distillation(job: Run, method: str, common: dict[str, Any], judged_by: str) -> Stage:
+    config = job.config
+    own, e = config.distill.of(method), config.evaluate
+    hangs_on: list[Any] = [config.distill.method_of(method), asdict(own), common]
+    after: tuple[str, ...] = ("reference", "score") if config.row(method).needs_rewards else ("reference",)
+    cost, does = TRAIN_PASSES * own.epochs, f"training the policy with {method}"
+    if own.checkpoints > 1:
+        does += f", the best of {own.checkpoints} checkpoints on validation prompts"
+        hangs_on += [e.samples, e.max_new_tokens, e.temperature, e.top_p, judged_by]
+        after += ("judge",)
+        cost += 0.5 * SAMPLE_PASSES * own.checkpoints
     return Stage(
         f"distill:{method}",
-        f"training the policy with {method}",
-        [method, asdict(job.config.distill.of(method)), common],
-        ("reference", "score") if needs else ("reference",),
-        TRAIN_PASSES * job.config.distill.of(method).epochs,
+        does,
+        hangs_on,
+        after,
+        cost,
         lambda fingerprint: distill.train_policy(job, method, fingerprint),
     )
 
@@ -218,7 +234,7 @@ def _distillation(job: Run, method: str, common: dict[str, Any]) -> Stage:
 def _drawing(job: Run, method: str, common: dict[str, Any]) -> Stage:
     e = job.config.evaluate
     return Stage(
-        f"evaluate:{method}",
+        f"{job.evaluates}:{method}",
         f"sampling from {method} on held-out prompts",
         [e.split, e.samples, e.max_new_tokens, e.temperature, e.top_p, common],
         ("data", "reference" if method == "reference" else f"distill:{method}"),
@@ -227,26 +243,18 @@ def _drawing(job: Run, method: str, common: dict[str, Any]) -> Stage:
     )
 
 
-UNTIL = {
-    "sft": "start",
-    "reward": "reward",
-    "score": "score",
-    "distill": "distill",
-    "evaluate": "evaluate",
-    "report": "report",
-}
-
-
-def _up_to(stages: list[Stage], until: str | None) -> list[Stage]:
+def _up_to(stages: list[Stage], until: str | None, job: Run) -> list[Stage]:
     if until is None:
         return stages
-    last = [i for i, s in enumerate(stages) if s.name.split(":")[0] == until]
+    # Stages of the evaluation are called after its split.
+    name = {"evaluate": job.evaluates, "report": job.report_path.stem}.get(until, until)
+    last = [i for i, s in enumerate(stages) if s.name.split(":")[0] == name]
     if not last:
         raise ConfigError(
             f"this run has no stage {until!r} (its methods or options do not need one); its stages are: "
             + ", ".join(s.name for s in stages)
         )
-    # `evaluate` names the sampling of each method and the summary; the last of them ends the run.
+    # The name of evaluation names the sampling of each method and the summary; the last of them ends the run.
     return stages[: last[-1] + 1]
 
 

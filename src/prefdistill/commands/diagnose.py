@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
     if not configuration.is_file():
         raise ConfigError(f"{options.run} is no run directory: it has no config.yaml; give the output_dir of a run")
     run = Run(parse("run", [str(configuration), "--output_dir", str(options.run)]))
-    summary, ensemble = (_read(options.run, name) for name in ("summary", "ensemble"))
+    summary, ensemble = (_read(run.evaluation_path, name) for name in ("summary", "ensemble"))
     checks = diagnose(run, summary["methods"], ensemble, summary["judge"])
     if options.json:
         print(json.dumps({"checks": [c.as_dict() for c in checks]}, indent=2))
@@ -38,8 +38,8 @@ def main(argv: list[str]) -> int:
     return int(any(c.state == "ill" for c in checks))
 
 
-def _read(root: Path, name: str) -> Any:
-    path = root / "evaluation" / f"{name}.json"
+def _read(folder: Path, name: str) -> Any:
+    path = folder / f"{name}.json"
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

@@ -121,8 +121,14 @@ def wald_tests(scores: Mapping[str, np.ndarray], seed: int) -> list[dict[str, An
     return out
 
 
-def verdict(primary: str, methods: Mapping[str, Mapping[str, Any]], tests: list[dict[str, Any]], judge: str) -> str:
-    """A sentence: is the policy better than the one it started from, and is it better than DPO."""
+def verdict(
+    primary: str,
+    baseline: str | None,
+    methods: Mapping[str, Mapping[str, Any]],
+    tests: list[dict[str, Any]],
+    judge: str,
+) -> str:
+    """A sentence: is the policy better than the one it started from, and is it better than the baseline, DPO."""
     figures = methods[primary]
     mean, (low, high) = figures["advantage"]["mean"], figures["advantage"]["ci95"]
     win, (fewest, most) = figures["win_rate"]["mean"], figures["win_rate"]["ci95"]
@@ -139,11 +145,11 @@ def verdict(primary: str, methods: Mapping[str, Mapping[str, Any]], tests: list[
     else:
         said = f"No difference shown between {primary} and the starting policy by {judge}: {numbers}"
     for test in tests:
-        if {test["a"], test["b"]} == {primary, "dpo"}:
+        if {test["a"], test["b"]} == {primary, baseline}:
             sign = 1 if test["a"] == primary else -1
             gap, p = sign * test["difference"]["mean"], test["p_value"]
             if p is not None and p < SIGNIFICANT:
-                said += f"; it is {'better' if gap > 0 else 'worse'} than dpo by {abs(gap):.2f} (p = {p:.3f})"
+                said += f"; it is {'better' if gap > 0 else 'worse'} than {baseline} by {abs(gap):.2f} (p = {p:.3f})"
             else:
-                said += f"; no difference shown from dpo ({gap:+.2f}, p = {p:.2f})" if p is not None else ""
+                said += f"; no difference shown from {baseline} ({gap:+.2f}, p = {p:.2f})" if p is not None else ""
     return said + "."

@@ -234,7 +234,8 @@ def _key_figures(summary: Mapping[Any, Any], methods: Mapping[Any, Mapping[Any, 
     highest("kl_policy_ref", "Farthest from the reference, KL", with_error)
     prompts = summary.get("prompts")
     if is_number(prompts):
-        figures.append({"label": "Prompts", "value": f"{prompts:,}"})
+        split = {"test": "Test prompts", "validation": "Validation prompts"}.get(str(summary.get("split")), "Prompts")
+        figures.append({"label": split, "value": f"{prompts:,}"})
     accuracy = _mapping(summary.get("judge")).get("heldout_accuracy")
     if is_number(accuracy):
         figures.append({"label": "Judge right on held-out pairs", "value": percent(accuracy)})
@@ -256,6 +257,7 @@ def _ends(record: Mapping[Any, Any]) -> dict[str, Any]:
         "chosen_change": last("logps/chosen_change"),
         "margins": last("rewards/margins"),
         "level_change": last("level_change"),
+        "kept": _mapping(record.get("kept")),
     }
 
 

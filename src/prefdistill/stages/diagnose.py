@@ -23,7 +23,6 @@ from prefdistill.stages.members import (
     reward_column,
 )
 from prefdistill.stages.run import Run
-from prefdistill.training.methods import METHODS
 
 
 def diagnose(
@@ -123,7 +122,7 @@ def sample_rewards(run: Run) -> dict[str, list[np.ndarray]]:
 
 def _drawn(run: Run) -> dict[str, list[list[Sample]]]:
     """Samples at temperature 1 of the reference and of the methods that distil rewards."""
-    names = ["reference", *(m for m in run.config.methods if METHODS[m].needs_rewards)]
+    names = ["reference", *(m for m in run.config.methods if run.config.row(m).needs_rewards)]
     return {m: read_samples(run, m, "kl_samples") for m in names}
 
 

@@ -14,9 +14,9 @@ from prefdistill.data.table import PromptGroup
 from prefdistill.models.loading import add_lora, save_model
 from prefdistill.stages.members import member_rewards, reference_columns
 from prefdistill.stages.run import Run, last_checkpoint
+from prefdistill.stages.select import KeepWeights, best_checkpoint, kept_steps, put_weights
 from prefdistill.training.callbacks import ProgressCallback, quiet
 from prefdistill.training.distill import DistillConfig, DistillExample, DistillTrainer
-from prefdistill.training.methods import METHODS
 from prefdistill.training.pessimism import promises
 
 
@@ -53,22 +53,42 @@ def _from_reference(run: Run, group: PromptGroup) -> list[int]:
     return list(range(len(group.responses)))
 
 
+def _start(run: Run, lora_rank: int) -> Any:
+    """The reference as training starts from it."""
+    policy: Any = run.load_reference()
+    return add_lora(policy, rank=lora_rank, task="CAUSAL_LM") if lora_rank > 0 else policy
+
+
+def _kept(work: Path, step: int) -> Path:
+    return work / "kept" / f"step-{step:06d}.safetensors"
+
+
+def _select(run: Run, method: str, work: Path, steps: int) -> dict[str, Any]:
+    options = run.config.distill.of(method)
+
+    def policy_at(file: Path) -> Any:
+        policy = _start(run, options.lora_rank)
+        put_weights(policy, file)
+        return policy.merge_and_unload() if options.lora_rank > 0 else policy
+
+    kept = {step: _kept(work, step) for step in kept_steps(steps, options.checkpoints)}
+    return best_checkpoint(run, method, work, kept, policy_at)
+
+
 def train_policy(run: Run, method: str, fingerprint: str) -> tuple[list[Path], str]:
     options = run.config.distill.of(method)
     folder = run.policy_path(method)
     work = run.work_path(f"distill-{method}", fingerprint)
-    needs = METHODS[method].needs_rewards
+    needs = run.config.row(method).needs_rewards
     examples = examples_of(run, "train", rewards=needs, members=options.members if needs else None)
     lora = options.lora_rank > 0
     transformers.set_seed(run.config.seed)
-    policy: Any = run.load_reference()
-    if lora:
-        policy = add_lora(policy, rank=options.lora_rank, task="CAUSAL_LM")
+    policy = _start(run, options.lora_rank)
     steps = max(1, round(options.epochs * len(examples) / options.batch_prompts))
     arguments = DistillConfig(
         **run.training_arguments(
             work,
-            method=method,
+            method=run.config.distill.method_of(method),
             beta=options.beta,
             tau=options.tau,
             label_smoothing=options.label_smoothing,
@@ -86,16 +106,26 @@ def train_policy(run: Run, method: str, fingerprint: str) -> tuple[list[Path], s
         )
         | options.training_arguments
     )
-    trainer = quiet(DistillTrainer(policy, arguments, examples=examples, callbacks=[ProgressCallback(run.progress)]))
+    callbacks: list[Any] = [ProgressCallback(run.progress)]
+    if options.checkpoints > 1:
+        callbacks.append(KeepWeights(work / "kept", options.checkpoints))
+    trainer = quiet(DistillTrainer(policy, arguments, examples=examples, callbacks=callbacks))
     trainer.train(resume_from_checkpoint=last_checkpoint(work))
-    history = [h for h in trainer.state.log_history if "loss" in h]
+    # In order of name, as those of a resumed training are.
+    history = [dict(sorted(h.items())) for h in trainer.state.log_history if "loss" in h]
     folder.parent.mkdir(parents=True, exist_ok=True)
+    selected = _select(run, method, work, trainer.state.max_steps) if options.checkpoints > 1 else None
+    if selected is not None:
+        put_weights(policy, _kept(work, selected["chosen"]))
     save_model(policy, run.tokenizer, folder)
     write_json(folder / "history.json", history)
+    if selected is not None:
+        write_json(folder / "checkpoints.json", selected)
     if trainer.mixture is not None:
         write_json(folder / "mixture.json", promises(examples, trainer.mixture, beta=options.beta))
     shutil.rmtree(work, ignore_errors=True)
     said = f"{method}: {trainer.state.global_step} steps"
+    said += f", that of step {selected['chosen']} kept" if selected is not None else ""
     if history and "logps/chosen_change" in history[-1]:
         last = history[-1]
         said += (

@@ -31,7 +31,7 @@ def policy_column(run: Run, method: str) -> Column:
 
 
 def samples_path(run: Run, method: str) -> Path:
-    return run.root / "evaluation" / "samples" / f"{method}.json"
+    return run.evaluation_path / "samples" / f"{method}.json"
 
 
 def held_out_groups(run: Run) -> list[PromptGroup]:

@@ -9,75 +9,24 @@ from typing import Any
 import numpy as np
 
 from prefdistill.atomic import write_json
-from prefdistill.data.table import PromptGroup, in_split, plain_text, response_lengths
+from prefdistill.data.table import PromptGroup, in_split, response_lengths
 from prefdistill.data.tree import Tree
 from prefdistill.evaluation.compare import Drawn, compare, verdict, wald_tests
 from prefdistill.evaluation.diagnosis import warnings_of
-from prefdistill.evaluation.judges import describe, is_oracle, load_oracle
+from prefdistill.evaluation.judges import is_oracle
 from prefdistill.evaluation.rewards import disagreement, member_figures
 from prefdistill.evaluation.sampling import Sample
 from prefdistill.models.loading import load_policy
-from prefdistill.scoring import Column, fill_columns, logps_forward, model_fingerprint
+from prefdistill.scoring import Column, fill_columns, logps_forward
 from prefdistill.stages.diagnose import diagnose, fill_sample_rewards
 from prefdistill.stages.draw import held_out_groups, policy_column, policy_of, read_samples
-from prefdistill.stages.encoders import encoder_of, response_trees, training_facts
-from prefdistill.stages.members import (
-    fill_reference,
-    fill_rewards,
-    member_folders,
-    member_rewards,
-)
+from prefdistill.stages.encoders import training_facts
+from prefdistill.stages.judge import judge_facts, score_samples
+from prefdistill.stages.members import fill_reference, member_folders, member_rewards
 from prefdistill.stages.run import Run
 from prefdistill.training.reward import cross_calibrated
 
 VERSION = 1
-
-
-# -- scores --------------------------------------------------------------------------------------------------------
-
-
-def score_samples(run: Run, groups: list[PromptGroup], drawn: list[list[Sample]], who: str) -> np.ndarray:
-    """The judge's scores [P, S] of samples."""
-    texts = [[run.encoder.decode_response(s.ids) for s in d] for d in drawn]
-    return _judge(run, groups, texts, [[s.finished for s in d] for d in drawn], who)
-
-
-def _judge(
-    run: Run, groups: list[PromptGroup], texts: list[list[Any]], finished: list[list[bool]], who: str
-) -> np.ndarray:
-    name = run.config.evaluate.judge
-    if is_oracle(name):
-        rows = [g.extra for g, t in zip(groups, texts, strict=True) for _ in t]
-        scores = load_oracle(name)(rows, [plain_text(t) for ts in texts for t in ts])
-        return np.asarray(scores, dtype=np.float64).reshape(len(groups), -1)
-    folder = str(run.judge_path) if name == "heldout" else name
-    trees = response_trees(encoder_of(run, folder), groups, texts, finished)
-    column = run.column(f"judge-{who}", model_fingerprint(folder, run.precision))
-    fill_rewards(run, column, folder, trees)
-    return np.stack([column.of(t) for t in trees])
-
-
-def judge_facts(run: Run, groups: list[PromptGroup]) -> dict[str, Any]:
-    """Who judges, and how often the judge agrees with the held-out labels."""
-    name = run.config.evaluate.judge
-    correct = []
-    description = _heldout(run) if name == "heldout" else name
-    if is_oracle(name):
-        description = describe(load_oracle(name))
-    for side in (0, 1):
-        rows = [g for g in groups for _ in g.pairs]
-        texts = [[g.responses[p[side]].text] for g in groups for p in g.pairs]
-        correct.append(_judge(run, rows, texts, [[True]] * len(rows), f"labels-{side}")[:, 0] if rows else np.zeros(0))
-    margins = correct[0] - correct[1]
-    accuracy = float(((margins > 0) + 0.5 * (margins == 0)).mean()) if len(margins) else None
-    return {"name": name, "description": description, "heldout_accuracy": accuracy, "n_heldout": len(margins)}
-
-
-def _heldout(run: Run) -> str:
-    said = "a reward model trained on pairs that no member has seen"
-    if run.config.reward.hold == "head" and run.config.needs_rewards:
-        said += ", a head on the same frozen features as the members: what these features miss, both miss"
-    return said
 
 
 # -- log-probs -----------------------------------------------------------------------------------------------------
@@ -217,7 +166,10 @@ def summarise(run: Run) -> tuple[list[Path], str]:
     if ensemble:
         fill_sample_rewards(run)
     checks = diagnose(run, methods, ensemble, judge)
-    said = verdict(run.config.primary, methods, tests, "the oracle" if is_oracle(judge["name"]) else "the judge")
+    baseline = next((m for m in run.config.methods if run.config.distill.method_of(m) == "dpo"), None)
+    said = verdict(
+        run.config.primary, baseline, methods, tests, "the oracle" if is_oracle(judge["name"]) else "the judge"
+    )
     written = {
         "summary": {
             "version": VERSION,
@@ -235,7 +187,7 @@ def summarise(run: Run) -> tuple[list[Path], str]:
         "side_by_side": side_by_side(run, groups, scores),
         "diagnosis": {"version": VERSION, "checks": [c.as_dict() for c in checks]},
     }
-    folder = run.root / "evaluation"
+    folder = run.evaluation_path
     for name, value in written.items():
         write_json(folder / f"{name}.json", value)
     return [folder / f"{name}.json" for name in written], said

@@ -16,12 +16,12 @@ from prefdistill.stages.run import Run
 
 
 def make_report(run: Run, manifest: Manifest) -> tuple[list[Path], str]:
-    folder = run.root / "evaluation"
+    folder = run.evaluation_path
     summary = _read(folder / "summary.json")
     ensemble = _read(folder / "ensemble.json")
     html = write_report(
         {
-            "title": f"prefdistill: {run.root.name}",
+            "title": f"prefdistill: {run.root.name}" + ("" if summary["split"] == "test" else f" ({summary['split']})"),
             "generated": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
             "version": version("prefdistill"),
             "summary": summary,
@@ -36,7 +36,7 @@ def make_report(run: Run, manifest: Manifest) -> tuple[list[Path], str]:
             "stages": [{"name": n, "seconds": r.seconds, "said": r.said} for n, r in manifest.stages.items()],
         }
     )
-    path = run.root / "report.html"
+    path = run.report_path
     write_text(path, html)
     return [path], f"open {path}"
 
@@ -60,7 +60,9 @@ def _history(run: Run, method: str) -> dict[str, Any]:
         "loss_values": "loss",
         "level_change": "logps/level_change",
     }
-    return {"loss": method} | {key: [h.get(name) for h in history] for key, name in names.items()}
+    kept = run.policy_path(method) / "checkpoints.json"
+    found = {"loss": run.config.distill.method_of(method), "kept": _read(kept) if kept.exists() else None}
+    return found | {key: [h.get(name) for h in history] for key, name in names.items()}
 
 
 def _environment(run: Run) -> dict[str, str]:

@@ -72,6 +72,19 @@ class Run:
     def judge_path(self) -> Path:
         return self.root / "judge"
 
+    @property
+    def evaluates(self) -> str:
+        """Name of the stages that compare on evaluate.split; what was chosen on validation and the test stand apart."""
+        return "evaluate" if self.config.evaluate.split == "test" else "validate"
+
+    @property
+    def evaluation_path(self) -> Path:
+        return self.root / ("evaluation" if self.config.evaluate.split == "test" else "validation")
+
+    @property
+    def report_path(self) -> Path:
+        return self.root / ("report.html" if self.config.evaluate.split == "test" else "report-validation.html")
+
     def policy_path(self, method: str) -> Path:
         return self.root / "policy" / method
 

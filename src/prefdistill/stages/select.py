@@ -1,0 +1,98 @@
+"""Which checkpoint of a training is kept: the one whose samples on the validation prompts the judge likes best."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import TrainerCallback
+
+from prefdistill.atomic import fresh_file
+from prefdistill.data.table import in_split
+from prefdistill.errors import DataError
+from prefdistill.evaluation import statistics
+from prefdistill.evaluation.sampling import SamplingOptions
+from prefdistill.stages.draw import SAMPLE_BUDGET, sample_in_parts
+from prefdistill.stages.judge import score_samples
+from prefdistill.stages.run import Run
+
+VERSION = 1
+
+
+class KeepWeights(TrainerCallback):
+    """Keeps what a training changes, at `n` evenly spaced steps, the last among them, as step-N.safetensors."""
+
+    def __init__(self, folder: Path, n: int) -> None:
+        self.folder = folder
+        self.n = n
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step in kept_steps(state.max_steps, self.n):
+            trained = {
+                name: p.detach().contiguous() for name, p in kwargs["model"].named_parameters() if p.requires_grad
+            }
+            with fresh_file(self.folder / f"step-{state.global_step:06d}.safetensors") as part:
+                save_file(trained, part)
+
+
+def kept_steps(steps: int, n: int) -> list[int]:
+    """The steps of the `n` checkpoints of a training, from 1 to `steps`."""
+    return sorted({max(1, round(steps * i / n)) for i in range(1, n + 1)})
+
+
+def put_weights(model: nn.Module, file: Path) -> None:
+    """Puts the weights that `KeepWeights` kept into a model of the same make, in place."""
+    weights = load_file(file)
+    unknown = model.load_state_dict(weights, strict=False).unexpected_keys
+    if unknown:
+        raise DataError(f"{file} holds weights that the policy does not have, such as {unknown[0]}; remove the folder")
+
+
+def best_checkpoint(
+    run: Run, name: str, work: Path, kept: Mapping[int, Path], policy_at: Callable[[Path], nn.Module]
+) -> dict[str, Any]:
+    """What the judge makes of every checkpoint, and which is the best; ties go to the earlier one.
+
+    Args:
+        name: of the method or variant.
+        work: keeps samples as they are drawn, so that a stopped stage goes on.
+        kept: step -> its weights.
+        policy_at: a policy with these weights, ready to sample from.
+
+    Returns:
+        {"version", "split", "prompts", "chosen": step, "checkpoints": [{"step", "score": an estimate, "length_mean"}]}.
+    """
+    groups, options = in_split(run.groups, "validation"), run.config.evaluate
+    rows: list[dict[str, Any]] = []
+    with run.progress(len(groups) * len(kept), "prompts") as tick:
+        for step, file in sorted(kept.items()):
+            drawn = sample_in_parts(
+                policy_at(file),
+                [g.ids for g in groups],
+                work / f"samples-{step}",
+                n=options.samples,
+                end_ids=run.encoder.end_ids,
+                # The same random numbers for all: the same luck for both sides of a comparison.
+                options=SamplingOptions(options.max_new_tokens, options.temperature, options.top_p, run.config.seed),
+                precision=run.precision,
+                token_budget=SAMPLE_BUDGET * run.config.score.token_budget,
+                progress=tick,
+            )
+            scores = score_samples(run, groups, drawn, name)
+            estimate = statistics.cluster_mean(
+                scores.ravel(), np.repeat(np.arange(len(groups)), scores.shape[1]), seed=run.config.seed
+            )
+            lengths = [len(s.ids) for d in drawn for s in d]
+            rows.append({"step": step, "score": estimate.as_dict(), "length_mean": float(np.mean(lengths))})
+    best = max(rows, key=lambda row: (row["score"]["mean"], -row["step"]))
+    return {
+        "version": VERSION,
+        "split": "validation",
+        "prompts": len(groups),
+        "chosen": best["step"],
+        "checkpoints": rows,
+    }
