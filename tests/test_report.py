@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 import matplotlib
 import pytest
 
-from prefdistill.report import html, pictures
+from prefdistill.report import canvas, html, pictures
 from prefdistill.report.html import write_report
 
 METHODS = ("reference", "dpo", "d-dpo", "e-dpo", "my own")
@@ -261,7 +261,7 @@ def _numbers(value):
         return [n for item in value for n in _numbers(item)]
     if isinstance(value, str):
         return [float(token) for token in re.findall(r"\d+", value)]
-    return [float(value)] if pictures.is_number(value) else []
+    return [float(value)] if canvas.is_number(value) else []
 
 
 def test_every_number_stands_in_the_input(full):
@@ -393,16 +393,16 @@ def test_formats(shown, expected):
 
 class TestPictures:
     def test_one_colour_a_method_whoever_is_beside_it(self):
-        one = pictures.Palette(["dpo", "zeta"])
-        other = pictures.Palette(["zeta", "e-dpo", "dpo", "reference"])
+        one = canvas.Palette(["dpo", "zeta"])
+        other = canvas.Palette(["zeta", "e-dpo", "dpo", "reference"])
         assert one.colour("dpo") == other.colour("dpo")
         assert one.colour("zeta") == other.colour("zeta")
         names = ["dpo", "ipo", "p-dpo", "d-dpo", "dp-dpo", "e-dpo", "hull-dpo", "reference", *"abcdef"]
-        many = pictures.Palette(names)
+        many = canvas.Palette(names)
         assert len({many.colour(name) for name in names}) == len(names)
 
     def test_nothing_to_draw(self):
-        palette = pictures.Palette(())
+        palette = canvas.Palette(())
         nothing = (math.nan, None, None)
         assert pictures.intervals([("a", nothing)], palette, xlabel="x", zero=0.0) is None
         assert pictures.reward_and_kl([("a", (1.0, 0.0, 2.0), nothing)], palette) is None
@@ -413,7 +413,7 @@ class TestPictures:
         assert pictures.correlations([[1.0, 2.0]], ["a"]) is None
 
     def test_odd_input_is_drawn(self):
-        palette = pictures.Palette(())
+        palette = canvas.Palette(())
         turned_round = (0.5, 0.9, 0.1)
         assert _svg(pictures.intervals([("_a$b$" * 20, turned_round)], palette, xlabel="x", zero=0.5, percent=True))
         assert _svg(pictures.lines([("_x", [1, 2, 3], [0.5])], palette, ylabel="y"))

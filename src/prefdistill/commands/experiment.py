@@ -32,8 +32,8 @@ def main(argv: list[str]) -> int:
 
     from prefdistill.cli import parse, quiet
     from prefdistill.experiments.length_bias import METHODS, RHOS, Sweep, run_sweep
-    from prefdistill.report.pictures import svg_of
-    from prefdistill.report.sweep import advantage_picture, sweep_markdown, write_sweep
+    from prefdistill.report.canvas import svg_of
+    from prefdistill.report.length_bias import advantage_picture, sweep_markdown, write_sweep
 
     if not rest or rest[0].startswith("-"):
         rest = [str(files("prefdistill.embedded").joinpath(DEFAULTS)), *rest]

@@ -21,7 +21,7 @@ from jinja2 import ChainableUndefined, Environment, FunctionLoader, Undefined
 from markupsafe import Markup
 
 from . import pictures
-from .pictures import Palette, is_number
+from .canvas import Palette, Point, is_number
 
 __all__ = ["render", "write_report"]
 
@@ -200,7 +200,7 @@ def _in_order(names: Iterable[Any]) -> list[Any]:
     return [name for name in _ORDER if name in given] + [name for name in given if name not in _ORDER]
 
 
-def _point(record: Any) -> pictures.Point:
+def _point(record: Any) -> Point:
     """Mean, low and high of an estimate; an interval that is not two numbers is not known."""
     fields = _mapping(record)
     found = fields.get("mean")
@@ -209,7 +209,7 @@ def _point(record: Any) -> pictures.Point:
     return (mean, ends[0], ends[1]) if len(ends) == 2 else (mean, None, None)
 
 
-def _point_by_error(record: Any) -> pictures.Point:
+def _point_by_error(record: Any) -> Point:
     """Mean, and one standard error either way."""
     mean, _, _ = _point(record)
     error = _mapping(record).get("standard_error")
@@ -281,7 +281,7 @@ def _card(sample: Mapping[Any, Any]) -> dict[str, Any]:
 def _method_pictures(methods: Mapping[Any, Mapping[Any, Any]], palette: Palette) -> dict[str, str | None]:
     names = _in_order(methods)
 
-    def rows(key: str) -> list[tuple[str, pictures.Point]]:
+    def rows(key: str) -> list[tuple[str, Point]]:
         return [(str(name), _point(methods[name].get(key))) for name in names]
 
     kls = [_point_by_error(methods[name].get("kl_policy_ref")) for name in names]

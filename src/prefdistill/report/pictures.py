@@ -1,152 +1,36 @@
 """Pictures of a run: numbers in, an SVG as a data URI out.
 
 Every function takes plain numbers and draws them; none computes a statistic. What is not a finite number is left out;
-a function with nothing left to draw returns None. A method has one colour and one marker in every picture (`Palette`).
-Pictures are drawn 4.4 inches wide, so that their letters can still be read at the width of a telephone.
-
-Figures are made without pyplot, so no global list of figures grows and no display is asked for. Text is drawn as
-outlines: a picture needs no font, and what a user wrote is never markup in it.
+a function with nothing left to draw returns None.
 """
 
 from __future__ import annotations
 
-import base64
-import io
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import wraps
-from numbers import Real
-from typing import Any, ParamSpec, TypeGuard
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import matplotlib.colors
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
-__all__ = [
-    "Palette",
-    "calibration",
-    "correlations",
-    "histogram",
-    "intervals",
-    "is_number",
-    "lines",
-    "reward_and_kl",
-    "svg_of",
-]
-
-INK, FAINT, GRID = "#1f2328", "#6e7681", "#e3e6ea"
-
-# Okabe and Ito's colours and, for what has no place there, Paul Tol's muted ones: told apart with any colour vision.
-_KNOWN = {
-    "reference": ("#6e7681", "s"),
-    "dpo": ("#d55e00", "o"),
-    "ipo": ("#e69f00", "^"),
-    "p-dpo": ("#cc79a7", "v"),
-    "d-dpo": ("#56b4e9", "D"),
-    "dp-dpo": ("#0072b2", "P"),
-    "e-dpo": ("#009e73", "o"),
-    "hull-dpo": ("#882255", "X"),
-}
-_SPARE = (("#332288", "<"), ("#999933", ">"), ("#44aa99", "p"), ("#aa4499", "h"), ("#661100", "d"), ("#117733", "*"))
-
-_STYLE: dict[str, Any] = {
-    "text.usetex": False,
-    "font.family": ["DejaVu Sans"],
-    "font.size": 10.0,
-    "axes.unicode_minus": True,
-    "axes.formatter.use_mathtext": False,
-    "svg.fonttype": "path",
-    "svg.hashsalt": "prefdistill",
-    "path.simplify": True,
-}
-
-_Args = ParamSpec("_Args")
-Point = tuple[float, float | None, float | None]  # mean, low, high
+from prefdistill.report.canvas import (
+    FAINT,
+    INK,
+    Palette,
+    Point,
+    add_legend,
+    drawn,
+    error_bar,
+    is_number,
+    label_of,
+    new_figure,
+)
 
 
-def is_number(value: object) -> TypeGuard[float]:
-    """A finite real number, numpy's included; True and False are not numbers."""
-    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
-
-
-class Palette:
-    """One colour and one marker a method: fixed for known names, spare ones in order of name for the others."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        others = sorted(set(names) - _KNOWN.keys())
-        self._all = {**_KNOWN, **{name: _SPARE[i % len(_SPARE)] for i, name in enumerate(others)}}
-
-    def colour(self, name: str) -> str:
-        return self._all[name][0] if name in self._all else FAINT
-
-    def marker(self, name: str) -> str:
-        return self._all[name][1] if name in self._all else "o"
-
-
-def svg_of(uri: str) -> str:
-    """The SVG inside a picture's data URI, for a file of its own."""
-    return base64.b64decode(uri.split(",", 1)[1]).decode("utf-8")
-
-
-def _label(text: Any, longest: int = 26) -> str:
-    """Text that matplotlib takes literally: no mathematics between dollar signs, no line breaks, not too long."""
-    line = "".join(c if c.isprintable() else " " for c in " ".join(str(text).split()))
-    line = line if len(line) <= longest else line[: longest - 1] + "…"
-    line = line.replace("$", r"\$")
-    return " " + line if line.startswith("_") else line  # legends leave out what begins with an underscore
-
-
-def _drawn(function: Callable[_Args, Figure | None]) -> Callable[_Args, str | None]:
-    """Run a drawing function under our own settings, whatever the user's matplotlibrc says; its figure as a URI."""
-
-    @wraps(function)
-    def wrapper(*args: _Args.args, **kwargs: _Args.kwargs) -> str | None:
-        with matplotlib.rc_context(_STYLE):
-            figure = function(*args, **kwargs)
-            if figure is None:
-                return None
-            buffer = io.BytesIO()
-            FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
-        return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-
-    return wrapper
-
-
-def _figure(height: float, *, width: float = 4.4) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
-    axes = figure.add_subplot()
-    axes.set_axisbelow(True)
-    axes.grid(True, color=GRID, linewidth=0.8)
-    axes.tick_params(labelcolor=INK, length=0)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.label.set_color(INK)
-        axis.set_major_locator(MaxNLocator(7, steps=[1, 2, 2.5, 5, 10]))
-    for side in ("top", "right", "left", "bottom"):
-        axes.spines[side].set_visible(False)
-    return figure, axes
-
-
-def _legend(figure: Figure, axes: Any) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    if not handles:
-        return
-    columns = max(1, min(4, len(handles), 60 // (6 + max(map(len, labels)))))
-    style = {"frameon": False, "fontsize": 9, "handlelength": 1.7, "columnspacing": 1.3, "handletextpad": 0.6}
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, **style)
-
-
-def _error(point: Point) -> tuple[list[float], list[float]] | None:
-    """Lengths of the arms of an error bar, [below], [above]; never negative, whatever the interval says."""
-    mean, low, high = point
-    if low is None or high is None:
-        return None
-    return [max(mean - low, 0.0)], [max(high - mean, 0.0)]
-
-
-@_drawn
+@drawn
 def intervals(
     rows: Sequence[tuple[str, Point]],
     palette: Palette,
@@ -166,17 +50,17 @@ def intervals(
         return None
     second = {name: point for name, point in (second or {}).items() if is_number(point[0])}
     shift = 0.16 if second else 0.0
-    figure, axes = _figure(0.95 + (0.46 if second else 0.38) * len(rows) + (0.25 if second and legend else 0.0))
+    figure, axes = new_figure(0.95 + (0.46 if second else 0.38) * len(rows) + (0.25 if second and legend else 0.0))
     axes.axvline(zero, color=INK, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
     for row, (name, point) in enumerate(rows):
         style: dict[str, Any] = {"color": palette.colour(name), "fmt": palette.marker(name), "elinewidth": 2.2}
-        axes.errorbar([point[0]], [row - shift], xerr=_error(point), markersize=7.5, zorder=3, **style)
+        axes.errorbar([point[0]], [row - shift], xerr=error_bar(point), markersize=7.5, zorder=3, **style)
         if name in second:
             style = {**style, "elinewidth": 1.2, "markerfacecolor": "white", "markeredgewidth": 1.5}
             axes.errorbar(
-                [second[name][0]], [row + shift], xerr=_error(second[name]), markersize=6.5, zorder=3, **style
+                [second[name][0]], [row + shift], xerr=error_bar(second[name]), markersize=6.5, zorder=3, **style
             )
-    axes.set_yticks(range(len(rows)), [_label(name) for name, _ in rows])
+    axes.set_yticks(range(len(rows)), [label_of(name) for name, _ in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.grid(False, axis="y")
     axes.margins(x=0.08)
@@ -188,41 +72,41 @@ def intervals(
     if second and legend:
         for text, fill in zip(legend, (FAINT, "white"), strict=True):
             axes.plot([], [], "o", color=FAINT, markerfacecolor=fill, markeredgewidth=1.5, label=text)
-        _legend(figure, axes)
+        add_legend(figure, axes)
     return figure
 
 
-@_drawn
+@drawn
 def reward_and_kl(points: Sequence[tuple[str, Point, Point]], palette: Palette) -> Figure | None:
     """Advantage (up) against KL(policy || reference) (right), bars both ways: up and to the left is better."""
     points = [point for point in points if is_number(point[1][0]) and is_number(point[2][0])]
     if not points:
         return None
-    figure, axes = _figure(3.9)
+    figure, axes = new_figure(3.9)
     axes.axhline(0.0, color=INK, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
     for name, kl, advantage in points:
         axes.errorbar(
             [kl[0]],
             [advantage[0]],
-            xerr=_error(kl),
-            yerr=_error(advantage),
+            xerr=error_bar(kl),
+            yerr=error_bar(advantage),
             fmt=palette.marker(name),
             color=palette.colour(name),
             markersize=8,
             markeredgecolor="white",
             markeredgewidth=0.8,
             elinewidth=1.4,
-            label=_label(name),
+            label=label_of(name),
             zorder=3,
         )
     axes.set_xlabel("KL(policy ‖ reference), nats a response")
     axes.set_ylabel("advantage over the reference")
     axes.margins(0.08)
-    _legend(figure, axes)
+    add_legend(figure, axes)
     return figure
 
 
-@_drawn
+@drawn
 def lines(
     curves: Sequence[tuple[str, Sequence[Any], Sequence[Any]]],
     palette: Palette,
@@ -244,7 +128,7 @@ def lines(
             kept.append((name, pairs))
     if not kept:
         return None
-    figure, axes = _figure(3.5)
+    figure, axes = new_figure(3.5)
     axes.axhline(0.0, color=INK, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
     for name, pairs in kept:
         axes.plot(
@@ -254,7 +138,7 @@ def lines(
             markevery=max(1, len(pairs) // 6),
             markersize=5,
             linewidth=1.8,
-            label=_label(name),
+            label=label_of(name),
             zorder=3,
         )
         if lowest is not None and min(y for _, y in pairs) < lowest:
@@ -274,11 +158,11 @@ def lines(
     if lowest is not None:
         axes.set_ylim(bottom=max(lowest, axes.get_ylim()[0]))
     axes.margins(x=0.03)
-    _legend(figure, axes)
+    add_legend(figure, axes)
     return figure
 
 
-@_drawn
+@drawn
 def curves_with_intervals(
     curves: Sequence[tuple[str, Sequence[tuple[float, Point]]]],
     palette: Palette,
@@ -297,17 +181,17 @@ def curves_with_intervals(
         return None
     places = sorted({x for _, points in kept for x, _ in points})
     gap = min((b - a for a, b in itertools.pairwise(places)), default=1.0)
-    figure, axes = _figure(4.2)
+    figure, axes = new_figure(4.2)
     axes.axhline(0.0, color=INK, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
     if mark is not None and is_number(mark[0]):
         axes.axvline(mark[0], color=FAINT, linewidth=1.2, linestyle=(0, (1, 2)), zorder=1)
         axes.annotate(
-            _label(mark[1]), (mark[0], 1.0), xycoords=("data", "axes fraction"), xytext=(4, -10),
+            label_of(mark[1]), (mark[0], 1.0), xycoords=("data", "axes fraction"), xytext=(4, -10),
             textcoords="offset points", color=FAINT, fontsize=9,
         )  # fmt: skip
     for i, (name, points) in enumerate(kept):
         shift = 0.6 * gap * ((i + 0.5) / len(kept) - 0.5)
-        arms = [_error(p) or ([0.0], [0.0]) for _, p in points]
+        arms = [error_bar(p) or ([0.0], [0.0]) for _, p in points]
         axes.errorbar(
             [x + shift for x, _ in points],
             [p[0] for _, p in points],
@@ -317,26 +201,26 @@ def curves_with_intervals(
             markersize=5.5,
             linewidth=1.6,
             elinewidth=1.1,
-            label=_label(name),
+            label=label_of(name),
             zorder=3,
         )
     axes.set_xticks(places, [f"{x:g}" for x in places])
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
-    _legend(figure, axes)
+    add_legend(figure, axes)
     return figure
 
 
-@_drawn
+@drawn
 def calibration(
     curves: Sequence[tuple[str, Sequence[Any], Sequence[Any]]], *, mean: tuple[str, Sequence[Any], Sequence[Any]] | None
 ) -> Figure | None:
     """Observed against predicted, a thin line a member and a thick one for their mean; the diagonal is calibrated."""
-    drawn = [(*curve, False) for curve in curves] + ([(*mean, True)] if mean else [])
-    figure, axes = _figure(4.1)
+    every = [(*curve, False) for curve in curves] + ([(*mean, True)] if mean else [])
+    figure, axes = new_figure(4.1)
     everything: list[float] = []
     count = len(curves)
-    for position, (name, predicted, observed, thick) in enumerate(drawn):
+    for position, (name, predicted, observed, thick) in enumerate(every):
         pairs = [(x, y) for x, y in zip(predicted, observed, strict=False) if is_number(x) and is_number(y)]
         if not pairs:
             continue
@@ -351,7 +235,7 @@ def calibration(
             linewidth=2.4 if thick else 1.2,
             alpha=1.0 if thick else 0.85,
             clip_on=False,
-            label=_label(name) if shown else "_nolegend_",
+            label=label_of(name) if shown else "_nolegend_",
             zorder=4 if thick else 3,
         )
     if not everything:
@@ -365,17 +249,17 @@ def calibration(
         axis.set_major_formatter(PercentFormatter(1.0, decimals=0 if high - low > 0.06 else 1))
     axes.set_xlabel("how sure the model is of the response it prefers")
     axes.set_ylabel("how often it is right")
-    _legend(figure, axes)
+    add_legend(figure, axes)
     return figure
 
 
-@_drawn
+@drawn
 def histogram(values: Sequence[Any], *, xlabel: str, ylabel: str = "pairs") -> Figure | None:
     """How many values fall where."""
     kept = [float(value) for value in values if is_number(value)]
     if not kept:
         return None
-    figure, axes = _figure(3.2)
+    figure, axes = new_figure(3.2)
     axes.hist(kept, bins=min(30, max(5, round(math.sqrt(len(kept))))), color=FAINT, edgecolor="white", linewidth=0.8)
     axes.grid(False, axis="x")
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -384,14 +268,14 @@ def histogram(values: Sequence[Any], *, xlabel: str, ylabel: str = "pairs") -> F
     return figure
 
 
-@_drawn
+@drawn
 def correlations(matrix: Sequence[Sequence[Any]], names: Sequence[str]) -> Figure | None:
     """Correlation of every member with every other: blue is alike, orange is opposed, white has nothing in common."""
     size = len(matrix)
     cells = [[float(cell) if is_number(cell) else math.nan for cell in row] for row in matrix]
     if size == 0 or any(len(row) != size for row in cells):
         return None
-    figure, axes = _figure(min(1.6 + 0.5 * size, 6.0))
+    figure, axes = new_figure(min(1.6 + 0.5 * size, 6.0))
     axes.grid(False)
     colours = matplotlib.colors.LinearSegmentedColormap.from_list("alike", ["#d55e00", "#ffffff", "#0072b2"])
     centres = range(size)  # a mesh and not an image, which an SVG would hold as a raster
@@ -405,7 +289,7 @@ def correlations(matrix: Sequence[Sequence[Any]], names: Sequence[str]) -> Figur
                 text = "n/a" if math.isnan(cell) else f"{cell:.2f}".replace("-", "−")
                 ink = "white" if abs(cell) > 0.65 else INK
                 axes.text(column, row, text, ha="center", va="center", color=ink, fontsize=9 if size <= 6 else 7.5)
-    labels = [_label(name, 14) for name in names[:size]] + [str(i) for i in range(len(names), size)]
+    labels = [label_of(name, 14) for name in names[:size]] + [str(i) for i in range(len(names), size)]
     axes.set_yticks(range(size), labels)
     axes.set_xticks(range(size), labels, rotation=30 if size > 3 else 0, ha="right" if size > 3 else "center")
     return figure

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from prefdistill.report import pictures
+from prefdistill.report.canvas import Palette
 from prefdistill.report.html import render
-from prefdistill.report.pictures import Palette
 
 LOWEST = -12.0  # nats; DPO's path falls without end and would flatten the others
 

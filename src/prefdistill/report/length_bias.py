@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from prefdistill.report import pictures
+from prefdistill.report.canvas import Palette
 from prefdistill.report.html import estimate, number, p_value, percent, render
-from prefdistill.report.pictures import Palette
 
 
 def advantage_picture(table: Mapping[str, Any]) -> str | None:
@@ -108,4 +108,4 @@ def write_sweep(table: Mapping[str, Any], *, version: str, command: str) -> str:
             ),
         },
     }
-    return render("sweep.html.jinja", context)
+    return render("length_bias.html.jinja", context)
