@@ -233,7 +233,7 @@ class RunConfig:
 
 
 # Names of variants become folders, files and rows of tables.
-_VARIANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]{0,63}")
+_VARIANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]{0,99}")
 
 
 def _check_variant(name: str, own: dict[str, Any]) -> None:

@@ -41,6 +41,27 @@ METHODS: dict[str, Method] = {
 }
 
 
+# Options that only some losses read; the others concern the training and are read by all.
+_OF_LABEL_NOISE, _REWARD_AWARE = ("cdpo", "robust_dpo"), ("rpo_sq", "rpo_fwd_kl", "rpo_bwd_kl")
+
+
+def reads(name: str, option: str) -> bool:
+    """Whether training a method looks at an option of the `distill` section: IPO has no beta, DPO no kl_alpha."""
+    row = method_named(name)
+    known = {
+        "beta": row.loss != "ipo",
+        "tau": row.loss == "ipo",
+        "label_smoothing": row.loss in _OF_LABEL_NOISE,
+        "reward_scale": row.loss in _REWARD_AWARE,
+        "kl_alpha": row.forward_kl,
+        "kl_estimator": row.forward_kl,
+        "pessimism": row.loss == "e_dpo",
+        "members": row.needs_rewards,
+        "pairs": row.needs_rewards,
+    }
+    return known.get(option, True)
+
+
 def method_named(name: str) -> Method:
     """The method of this name.
 
