@@ -268,7 +268,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str | None, str], An
 
     content: dict[tuple[str, str | None, str], Any] = {}
 
-    def load_dataset(path: str, name: str | None, *, split: str) -> Any:
+    def load_dataset(path: str, name: str | None, *, data_dir: str | None, split: str) -> Any:
+        if data_dir is not None:
+            path = f"{path}/{data_dir}"
         if (path, name, split) not in content:
             raise ConnectionError(f"Couldn't reach {path!r} on the Hub\nmore lines")
         return content[path, name, split]
@@ -282,6 +284,11 @@ def test_a_hub_data_set(source: str, hub: dict[Any, Any]) -> None:
     hub[source, "default", "test"] = ROWS
     rows = list(read_rows(source, split="test", config_name="default"))
     assert rows == [(f"{source} (test), row {number}", row) for number, row in enumerate(ROWS, 1)]
+
+
+def test_a_folder_of_a_hub_data_set(hub: dict[Any, Any]) -> None:
+    hub["org/name/helpful-base", None, "test"] = ROWS
+    assert [row for _, row in read_rows("org/name", split="test", data_dir="helpful-base")] == ROWS
 
 
 def test_a_hub_data_set_that_cannot_be_loaded(hub: dict[Any, Any]) -> None:

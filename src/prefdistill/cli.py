@@ -26,7 +26,7 @@ STAGE_OF = {"sft": "start"}
 OTHERS = {
     "bias": ("D_rho of any data: a fraction rho of the pairs prefers the longer response", "prefdistill.commands.bias"),
     "diagnose": ("what ails a run, with numbers, thresholds and remedies", "prefdistill.commands.diagnose"),
-    "experiment": ("length-bias: the paper's sweep over biased labels", "prefdistill.commands.experiment"),
+    "experiment": ("the paper's: length-bias, helpfulness", "prefdistill.commands.experiment"),
     "sweep": ("beta, alpha, checkpoints chosen on validation prompts, then tested", "prefdistill.commands.sweep"),
     "theory": ("the paper's claims in a small exact world, as a page", "prefdistill.commands.theory"),
 }

@@ -13,6 +13,7 @@ class DatasetOptions:
     Attributes:
         split: the split of a hub data set.
         config_name: the configuration of a hub data set.
+        data_dir: the folder of a hub data set that keeps several in one repository, such as Anthropic's helpful-base.
         limit: use only the first rows (null: all).
         on_bad_row: stop at the first row that cannot be used, or drop such rows into data/rejected.jsonl.
         max_prompt_tokens: longer prompts are cut from their left, and counted.
@@ -20,6 +21,7 @@ class DatasetOptions:
         test_fraction: share of the prompts for the evaluation (unless the rows have a column `split`).
         validation_fraction: share of the prompts on which rewards are calibrated.
         judge_fraction: share of the prompts whose pairs train the held-out judge; 0 unless evaluate.judge is heldout.
+        split_seed: of the draw of the splits (null: seed), so that runs of several seeds have one test split.
         max_train_prompts: use at most so many prompts for training (null: all).
         max_validation_prompts: the same for validation.
         max_test_prompts: the same for the evaluation.
@@ -31,6 +33,7 @@ class DatasetOptions:
 
     split: str = "train"
     config_name: str | None = None
+    data_dir: str | None = None
     limit: int | None = None
     on_bad_row: str = "stop"
     max_prompt_tokens: int = 512
@@ -38,6 +41,7 @@ class DatasetOptions:
     test_fraction: float = 0.15
     validation_fraction: float = 0.1
     judge_fraction: float = 0.25
+    split_seed: int | None = None
     max_train_prompts: int | None = None
     max_validation_prompts: int | None = None
     max_test_prompts: int | None = None

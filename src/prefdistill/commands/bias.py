@@ -31,6 +31,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--with-replacement", action="store_true", help="repeat pairs where there are too few")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--split", default="train", help="of a hub data set")
+    parser.add_argument("--config-name", help="of a hub data set")
+    parser.add_argument("--data-dir", help="of a hub data set, such as helpful-base of Anthropic/hh-rlhf")
     options = parser.parse_args(argv)
 
     from prefdistill.data.bias import common_size, length_biased
@@ -43,7 +45,7 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"--pairs is {options.pairs}; it must be at least 1")
     if options.with_replacement and options.pairs is None:
         raise ConfigError("--with-replacement needs --pairs; without it every file has pairs that occur once")
-    pairs = load_pairs(options.data, split=options.split)
+    pairs = load_pairs(options.data, split=options.split, config_name=options.config_name, data_dir=options.data_dir)
     signs = token_signs(Encoder(load_tokenizer(options.model)), pairs)
     size = options.pairs or common_size(signs, {*rhos, *USUAL})
     # All are drawn before any is written: a rho that the data refuse leaves nothing behind.

@@ -63,6 +63,7 @@ def load_pairs(
     *,
     split: str = "train",
     config_name: str | None = None,
+    data_dir: str | None = None,
     limit: int | None = None,
     on_bad_row: Callable[[str, DataError], None] | None = None,
 ) -> list[Pair]:
@@ -79,7 +80,7 @@ def load_pairs(
     if limit is not None and limit < 1:
         raise ConfigError(f"limit is {limit}: give at least 1, or leave it out to read every row.")
     pairs = []
-    for where, row in islice(read_rows(source, split=split, config_name=config_name), limit):
+    for where, row in islice(read_rows(source, split=split, config_name=config_name, data_dir=data_dir), limit):
         try:
             pairs.append(to_pair(row, where))
         except DataError as error:

@@ -30,7 +30,9 @@ _CSV_FIELD_LIMIT = 2**31 - 1
 _BATCH_ROWS = 1024
 
 
-def read_rows(source: str, *, split: str = "train", config_name: str | None = None) -> Rows:
+def read_rows(
+    source: str, *, split: str = "train", config_name: str | None = None, data_dir: str | None = None
+) -> Rows:
     """Yields ``(where, row)`` for every row of `source`.
 
     Args:
@@ -38,6 +40,7 @@ def read_rows(source: str, *, split: str = "train", config_name: str | None = No
             their names; its subfolders and hidden files are not read), or else the id of a hub data set.
         split: the split of a hub data set. A local file or folder has no splits: all its rows are read.
         config_name: the configuration of a hub data set, where it has several.
+        data_dir: the folder of a hub data set, where it keeps several in one repository.
 
     Raises:
         DataError: the source does not exist, cannot be read, holds no rows, is not UTF-8, or breaks its own format.
@@ -48,7 +51,7 @@ def read_rows(source: str, *, split: str = "train", config_name: str | None = No
     if source.strip() and path.exists():
         return _file_after_file(_folder_files(path) if path.is_dir() else [path])
     if _looks_like_hub_id(source):
-        return _hub_rows(source, split, config_name)
+        return _hub_rows(source, split, config_name, data_dir)
     raise DataError(
         f"{source!r}: no such file or folder (looked from {Path.cwd()}). Give a file that ends in one of "
         f"{_endings()}, a folder of such files, or the id of a hub data set such as 'org/name'."
@@ -275,12 +278,12 @@ def _parquet_rows(path: Path) -> Rows:
         ) from error
 
 
-def _hub_rows(source: str, split: str, config_name: str | None) -> Rows:
+def _hub_rows(source: str, split: str, config_name: str | None, data_dir: str | None) -> Rows:
     # Imported here: it takes seconds, and local files do not need it.
     import datasets
 
     try:
-        dataset = datasets.load_dataset(source, config_name, split=split)
+        dataset = datasets.load_dataset(source, config_name, data_dir=data_dir, split=split)
     except Exception as error:  # the library raises anything from ValueError to the HTTP client's own errors
         raise DataError(_hub_message(source, split, config_name, error)) from error
     empty = True

@@ -48,6 +48,7 @@ def read_pairs(run: Run) -> tuple[list[Pair], list[dict[str, Any]]]:
         source,
         split=options.split,
         config_name=options.config_name,
+        data_dir=options.data_dir,
         limit=options.limit,
         on_bad_row=None if options.on_bad_row == "stop" else _into(bad),
     )
@@ -75,7 +76,8 @@ def encode_pairs(
     fractions = {"test": options.test_fraction, "validation": options.validation_fraction}
     if run.config.evaluate.judge == "heldout":
         fractions["judge"] = options.judge_fraction
-    splits = assign_splits(pairs, fractions, run.config.seed)
+    seed = run.config.seed if options.split_seed is None else options.split_seed
+    splits = assign_splits(pairs, fractions, seed)
     drop = None if options.on_bad_row == "stop" else _into([] if bad is None else bad)
     groups, dropped = group_pairs(pairs, run.encoder, splits=splits, on_bad=drop)
     groups = _at_most(groups, {s: getattr(options, f"max_{s}_prompts", None) for s in SPLITS})

@@ -13,7 +13,7 @@ from prefdistill.cli import main
 from prefdistill.data.bias import biased_groups, common_size, length_biased, longer_chosen
 from prefdistill.data.table import PromptGroup, Response, read_groups
 from prefdistill.errors import ConfigError, DataError
-from prefdistill.experiments.length_bias import Sweep, collect, run_folder, run_sweep
+from prefdistill.experiments.comparison import Comparison, collect, run_comparison, run_folder
 from test_pipeline import model_folder, rows, small  # noqa: F401
 from tiny_tokenizers import gpt2
 
@@ -153,9 +153,9 @@ def test_wrong_options_are_named(options, said, data, model_folder, tmp_path):  
 # -- the sweep ---------------------------------------------------------------------------------------------------------
 
 
-def sweep(data, model_folder, out, **changes) -> Sweep:  # noqa: F811
+def sweep(data, model_folder, out, **changes) -> Comparison:  # noqa: F811
     config = small(data, model_folder, out, **{"dataset.validation_fraction": 0.3, "evaluate.judge": JUDGE})
-    return Sweep(config, **{"rhos": (0.2, 0.8), "methods": ("dpo", "d-dpo", "e-dpo", "hull-dpo"), **changes})
+    return Comparison(config, **{"rhos": (0.2, 0.8), "methods": ("dpo", "d-dpo", "e-dpo", "hull-dpo"), **changes})
 
 
 JUDGE = "test_diagnosis:score_words"
@@ -163,7 +163,7 @@ JUDGE = "test_diagnosis:score_words"
 
 def test_the_sweep_trains_once_and_collects(data, model_folder, tmp_path, capsys):  # noqa: F811
     job = sweep(data, model_folder, tmp_path / "sweep")
-    table = run_sweep(job)
+    table = run_comparison(job)
     assert [(r["rho"], r["method"]) for r in table["rows"]] == [(rho, m) for rho in job.rhos for m in job.methods]
     assert 0.25 < table["natural_rate"] < 0.45
     for rho in job.rhos:
@@ -187,19 +187,21 @@ def test_the_sweep_trains_once_and_collects(data, model_folder, tmp_path, capsys
         train = longer_chosen([g for g in read_groups(folder / "data" / "prompts.parquet") if g.split == "train"])
         assert len(train) == table["pairs"]
     capsys.readouterr()
-    again = run_sweep(job)
+    again = run_comparison(job)
     said = capsys.readouterr().err
     assert again == table
     assert "training" not in said
     assert said.count("nothing to do") == 2 * len(job.rhos)
+    assert [m["rho"] for m in table["members"]] == [0.2, 0.8]
     assert collect(tmp_path / "sweep", job, natural_rate=0.5, pairs=1)["rows"] == table["rows"]
 
 
 def test_an_ensemble_of_more_rho_than_are_trained_on(data, model_folder, tmp_path):  # noqa: F811
     """The ends of the sweep alone, pessimistic over reward models of all rho."""
     job = sweep(data, model_folder, tmp_path / "sweep", rhos=(0.2,), methods=("dpo", "e-dpo"), member_rhos=(0.4, 0.6))
-    table = run_sweep(job)
+    table = run_comparison(job)
     assert table["member_rhos"] == [0.2, 0.4, 0.6]
+    assert [m["rho"] for m in table["members"]] == [0.2, 0.4, 0.6]
     assert {r["rho"] for r in table["rows"]} == {0.2}
     scored = pq.read_table(run_folder(tmp_path / "sweep", 0, 0.2) / "data" / "scored.parquet").to_pydict()
     assert all(len(r) == 3 for r in scored["rewards_chosen"])
@@ -215,11 +217,11 @@ def test_the_sweep_is_checked(data, model_folder, tmp_path):  # noqa: F811
         ({"seeds": ()}, "--seeds"),
     ):
         with pytest.raises(ConfigError, match=said):
-            run_sweep(sweep(data, model_folder, tmp_path / "no", **changes))
+            run_comparison(sweep(data, model_folder, tmp_path / "no", **changes))
     biased = sweep(data, model_folder, tmp_path / "no")
     biased.config.dataset.rho = 0.3
     with pytest.raises(ConfigError, match=r"dataset\.rho"):
-        run_sweep(biased)
+        run_comparison(biased)
     assert not (tmp_path / "no").exists()
 
 
@@ -240,3 +242,44 @@ def test_the_experiment_command(data, model_folder, tmp_path, capsys):  # noqa: 
     assert all(len(r["by_seed"]) == 2 for r in table["rows"])
     assert main(["experiment", "length-bias", "--seeds", "one"]) == 2
     assert "--seeds" in capsys.readouterr().err
+
+
+def test_helpfulness_compares_on_the_pairs_as_labelled(data, model_folder, tmp_path):  # noqa: F811
+    """One supervised start and one test split for all seeds, members of biased resamples beside that of all pairs."""
+    out = tmp_path / "helpful"
+    fixed = {"dataset.validation_fraction": 0.3, "sft.enabled": "true", "sft.lora_rank": 2, "evaluate.judge": JUDGE}
+    (tmp_path / "c.yaml").write_text(small(data, model_folder, out, **fixed).as_yaml())
+    flags = ["--methods", "dpo,d-dpo,e-dpo", "--seeds", "0,1", "--member-rhos", "0.2,0.8"]
+    assert main(["experiment", "helpfulness", str(tmp_path / "c.yaml"), *flags]) == 0
+    table = json.loads((out / "helpfulness.json").read_text())
+    assert [(r["rho"], r["method"]) for r in table["rows"]] == [(None, "dpo"), (None, "d-dpo"), (None, "e-dpo")]
+    assert [m["rho"] for m in table["members"]] == [None, 0.2, 0.8]
+    assert table["pairs"] is not None
+    folders = [run_folder(out, seed, rho) for seed in (0, 1) for rho in (None, 0.2)]
+    assert not any((f / "start").exists() for f in folders)
+    tests = [{g.ids for g in read_groups(f / "data" / "prompts.parquet") if g.split == "test"} for f in folders]
+    assert all(t == tests[0] for t in tests)
+    trained = [
+        sum(len(g.pairs) for g in read_groups(f / "data" / "prompts.parquet") if g.split == "train") for f in folders
+    ]
+    assert trained[1] == table["pairs"] < trained[0]
+    summaries = [json.loads((run_folder(out, s, None) / "evaluation" / "summary.json").read_text()) for s in (0, 1)]
+    for row in table["rows"]:
+        wins = [s["methods"][row["method"]]["win_rate"]["mean"] for s in summaries]
+        assert row["win_rate"]["mean"] == pytest.approx(np.mean(wins))
+    page = (out / "helpfulness.html").read_text(encoding="utf-8")
+    assert page.count("data:image/svg+xml") == 1
+    assert "as labelled" in page
+    assert "Whatever the bias" not in page
+    assert (out / "helpfulness.md").read_text(encoding="utf-8").count("| as labelled |") == 4
+
+
+def test_the_experiments_own_options_are_whole():
+    """Each has a YAML of its name that can be read and checked."""
+    from importlib.resources import files
+
+    from prefdistill.cli import parse
+    from prefdistill.commands.experiment import EXPERIMENTS
+
+    for name in EXPERIMENTS:
+        parse("run", [str(files("prefdistill.embedded").joinpath(f"{name}.yaml"))]).check()

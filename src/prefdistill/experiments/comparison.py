@@ -1,10 +1,12 @@
-"""The paper's experiment: train on pairs whose labels prefer the longer response more or less often than they should.
+"""The paper's experiments: every method on pairs whose labels prefer the longer response too often, or as they are.
 
 Fisch et al., arXiv 2405.19316, section 5. For every rho, D_rho is a resample of the training pairs in which a fraction
-rho prefers the longer response, all of one size; the test prompts and the judge stay unbiased. A reward model is
-trained on every D_rho. d-DPO and dp-DPO distil the one of their own D_rho; e-DPO and hull-DPO are pessimistic over all.
+rho prefers the longer response, all of one size; a rho of None is the pairs as labelled. The test prompts and the judge
+stay unbiased. A reward model is trained on every D_rho. d-DPO and dp-DPO distil the one of their own D_rho; e-DPO and
+hull-DPO are pessimistic over all.
 
-What is common is done once: reference log-probs and features for all runs, a reward model for every rho that holds it.
+What is common is done once: the starting policy, reference log-probs and features for all runs, a reward model for
+every rho that holds it.
 """
 
 from __future__ import annotations
@@ -30,32 +32,33 @@ from prefdistill.stages.run import Run
 VERSION = 1
 METHODS = ("dpo", "ipo", "p-dpo", "d-dpo", "dp-dpo", "e-dpo", "hull-dpo")
 RHOS = (0.2, 0.4, 0.5, 0.6, 0.8)
+Rho = float | None  # None: the pairs as they are labelled
 OWN_REWARD = ("d-dpo", "dp-dpo")  # distil the reward model of their own D_rho only
 BASELINE = "dpo"
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Comparison:
     """What to train: every method on every D_rho, for every seed.
 
     Attributes:
-        config: of each run; its output_dir is the sweep's, its methods, dataset.rho and reward models are set here.
+        config: of each run; its output_dir is the experiment's, methods, dataset.rho and reward models are set here.
         member_rhos: the rho whose reward models make the ensemble, those of `rhos` always among them (None: no more).
     """
 
     config: RunConfig
-    rhos: tuple[float, ...] = RHOS
+    rhos: tuple[Rho, ...] = RHOS
     methods: tuple[str, ...] = METHODS
     seeds: tuple[int, ...] = (0,)
-    member_rhos: tuple[float, ...] | None = None
+    member_rhos: tuple[Rho, ...] | None = None
 
     @property
-    def ensemble(self) -> tuple[float, ...]:
-        """Every rho that has a reward model."""
-        return tuple(sorted({*self.rhos, *(self.member_rhos or ())}))
+    def ensemble(self) -> tuple[Rho, ...]:
+        """Every rho that has a reward model, the pairs as labelled first."""
+        return tuple(sorted({*self.rhos, *(self.member_rhos or ())}, key=lambda rho: -1.0 if rho is None else rho))
 
     def check(self) -> None:
-        """Raises ConfigError, naming the option, for a sweep that cannot be run."""
+        """Raises ConfigError, naming the option, for an experiment that cannot be run."""
         if BASELINE not in self.methods:
             raise ConfigError(f"--methods must hold {BASELINE}, against which the others are tested")
         for name, given in (("--rhos", self.rhos), ("--methods", self.methods), ("--seeds", self.seeds)):
@@ -66,76 +69,94 @@ class Sweep:
         replace(self.config, methods=list(self.methods)).check()
 
 
-def run_sweep(sweep: Sweep) -> dict[str, Any]:
+def run_comparison(job: Comparison) -> dict[str, Any]:
     """Trains and evaluates what is missing, and returns the table of `collect`."""
-    sweep.check()
-    root = Path(sweep.config.output_dir)
-    rate, pairs = _natural(sweep)
-    for seed in sweep.seeds:
+    job.check()
+    root = Path(job.config.output_dir)
+    rate, pairs = _natural(job)
+    job = replace(job, config=_with_start(job.config))
+    for seed in job.seeds:
         # The reward models of all rho first: every run is pessimistic over all of them.
-        for rho in sweep.ensemble:
-            pipeline.run(_config(sweep, seed, rho, pairs, others=False), until="reward")
-        for rho in sweep.rhos:
-            pipeline.run(_config(sweep, seed, rho, pairs, others=True))
-    return collect(root, sweep, natural_rate=rate, pairs=pairs)
+        for rho in job.ensemble:
+            pipeline.run(_config(job, seed, rho, pairs, others=False), until="reward")
+        for rho in job.rhos:
+            pipeline.run(_config(job, seed, rho, pairs, others=True))
+    return collect(root, job, natural_rate=rate, pairs=pairs)
 
 
-def run_folder(root: Path, seed: int, rho: float) -> Path:
-    return root / f"seed-{seed}" / f"rho-{rho:g}"
+def run_folder(root: Path, seed: int, rho: Rho) -> Path:
+    return root / f"seed-{seed}" / ("as-labelled" if rho is None else f"rho-{rho:g}")
 
 
-def _config(sweep: Sweep, seed: int, rho: float, pairs: int, *, others: bool) -> RunConfig:
-    root = Path(sweep.config.output_dir)
-    config = copy.deepcopy(sweep.config)
+def _with_start(config: RunConfig) -> RunConfig:
+    """The same, from one starting policy for all runs: that of a supervised start sees the pairs as labelled."""
+    run = Run(config)
+    if not run.makes_start:
+        return config
+    first = replace(config, output_dir=str(run.root / "start"))
+    pipeline.run(first, until="start")
+    return replace(config, model=str(Run(first).start_path), sft=replace(config.sft, enabled=False))
+
+
+def _config(job: Comparison, seed: int, rho: Rho, pairs: int | None, *, others: bool) -> RunConfig:
+    root = Path(job.config.output_dir)
+    config = copy.deepcopy(job.config)
     config.output_dir = str(run_folder(root, seed, rho))
-    config.methods = list(sweep.methods)
+    config.methods = list(job.methods)
     config.seed = seed
-    config.dataset.rho, config.dataset.rho_pairs = rho, pairs
+    config.dataset.rho, config.dataset.rho_pairs = rho, None if rho is None else pairs
+    if config.dataset.split_seed is None:
+        # One test split for all seeds, whose scores are averaged prompt by prompt.
+        config.dataset.split_seed = job.config.seed
     config.score.columns = config.score.columns or str(root / "columns")
     config.reward.members, config.reward.resample = 1, "all"
     if others:
         config.reward.pretrained = [
-            str(run_folder(root, seed, other) / "reward" / "member-0") for other in sweep.ensemble if other != rho
+            str(run_folder(root, seed, other) / "reward" / "member-0") for other in job.ensemble if other != rho
         ]
-        own = {m: {"members": [0]} for m in OWN_REWARD if m in sweep.methods}
+        own = {m: {"members": [0]} for m in OWN_REWARD if m in job.methods}
         config.distill.per_method = {
             m: {**config.distill.per_method.get(m, {}), **own.get(m, {})} for m in [*config.distill.per_method, *own]
         }
     return config
 
 
-def _natural(sweep: Sweep) -> tuple[float, int]:
+def _natural(job: Comparison) -> tuple[float, int | None]:
     """How often the data's own training labels prefer the longer response, and the size that all D_rho can have."""
-    job = Run(sweep.config)
-    groups, _ = encode_pairs(job, read_pairs(job)[0])
+    run = Run(job.config)
+    groups, _ = encode_pairs(run, read_pairs(run)[0])
     signs = longer_chosen(in_split(groups, "train"))
-    return float((signs > 0).sum() / max(1, (signs != 0).sum())), common_size(signs, sweep.ensemble)
+    resampled = [rho for rho in job.ensemble if rho is not None]
+    size = common_size(signs, resampled) if resampled else None
+    return float((signs > 0).sum() / max(1, (signs != 0).sum())), size
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 
-def collect(root: Path, sweep: Sweep, *, natural_rate: float, pairs: int) -> dict[str, Any]:
-    """The sweep's figures, as plain JSON values: a row for every rho and method, over all seeds.
+def collect(root: Path, job: Comparison, *, natural_rate: float, pairs: int | None) -> dict[str, Any]:
+    """The experiment's figures, as plain JSON values: a row for every rho and method, over all seeds.
 
     Scores are averaged over seeds prompt by prompt, then prompts are resampled, so that an interval holds the prompts'
     share of chance; `by_seed` shows the seeds' own. Wald tests compare each method with DPO on the same prompts, with
     Holm's correction over the methods of one rho.
     """
     rows: list[dict[str, Any]] = []
-    for rho in sweep.rhos:
+    for rho in job.rhos:
         summaries, scores = [], []
-        for seed in sweep.seeds:
+        for seed in job.seeds:
             folder = run_folder(root, seed, rho) / "evaluation"
-            summaries.append(_read(folder / "summary.json")["methods"])
+            summary = _read(folder / "summary.json")
+            summaries.append(summary["methods"])
+            judge = summary["judge"]["description"]
             found = _read(folder / "scores.json")
             scores.append({m: np.array(s) for m, s in found.items()})
-        mean = {m: np.mean([s[m].mean(1) for s in scores], axis=0) for m in ("reference", *sweep.methods)}
+        mean = {m: np.mean([s[m].mean(1) for s in scores], axis=0) for m in ("reference", *job.methods)}
         prompts = np.arange(len(mean["reference"]))
         of_rho: list[dict[str, Any]] = []
-        for method in sweep.methods:
+        for method in job.methods:
             advantage = statistics.cluster_mean(mean[method] - mean["reference"], prompts)
-            won = np.mean([_won(s[method], s["reference"], sweep.config.evaluate.tie_margin) for s in scores], axis=0)
+            won = np.mean([_won(s[method], s["reference"], job.config.evaluate.tie_margin) for s in scores], axis=0)
             against = inference.wald_test(mean[method] - mean[BASELINE], prompts) if method != BASELINE else None
             of_rho.append(
                 {
@@ -156,16 +177,17 @@ def collect(root: Path, sweep: Sweep, *, natural_rate: float, pairs: int) -> dic
         rows += of_rho
     return {
         "version": VERSION,
-        "rhos": list(sweep.rhos),
-        "member_rhos": list(sweep.ensemble),
-        "methods": list(sweep.methods),
-        "seeds": list(sweep.seeds),
+        "rhos": list(job.rhos),
+        "member_rhos": list(job.ensemble),
+        "methods": list(job.methods),
+        "seeds": list(job.seeds),
         "natural_rate": natural_rate,
         "pairs": pairs,
         "prompts": len(prompts),
         "rows": rows,
-        "over_rho": {m: _over_rho([r for r in rows if r["method"] == m]) for m in sweep.methods},
-        "members": {str(rho): _members(root, sweep, rho) for rho in sweep.rhos},
+        "over_rho": {m: _over_rho([r for r in rows if r["method"] == m]) for m in job.methods},
+        "judge": judge,
+        "members": _members(root, job),
     }
 
 
@@ -196,16 +218,23 @@ def _over(summaries: Sequence[dict[str, Any]], method: str, name: str) -> float 
     return None if any(v is None for v in numbers) else float(np.mean(numbers))
 
 
-def _members(root: Path, sweep: Sweep, rho: float) -> dict[str, float]:
-    """Held-out figures of the reward model that was trained on D_rho, on the unbiased test pairs; means over seeds."""
-    found = []
-    for seed in sweep.seeds:
-        path = run_folder(root, seed, rho) / "evaluation" / "ensemble.json"
-        members = _read(path).get("members") if path.exists() else None
-        if members:
-            found.append(members[0])
+def _members(root: Path, job: Comparison) -> list[dict[str, Any]]:
+    """Held-out figures of every reward model, on the unbiased test pairs; means over seeds."""
     names = ("accuracy", "log_loss", "length_correlation")
-    return {n: float(np.mean([m[n] for m in found])) for n in names if found and all(m[n] is not None for m in found)}
+    found: dict[Rho, list[dict[str, Any]]] = {rho: [] for rho in job.ensemble}
+    first = job.rhos[0]
+    # A run's own member comes first, then those of the other rho: see `_config`.
+    order = [first, *(rho for rho in job.ensemble if rho != first)]
+    for seed in job.seeds:
+        figures = _read(run_folder(root, seed, first) / "evaluation" / "ensemble.json").get("members", [])
+        for rho, of_member in zip(order, figures, strict=False):
+            found[rho].append(of_member)
+    rows: list[dict[str, Any]] = []
+    for rho, seeds in found.items():
+        known = {n: [m[n] for m in seeds] for n in names if seeds and all(m[n] is not None for m in seeds)}
+        if seeds:
+            rows.append({"rho": rho, **{n: float(np.mean(values)) for n, values in known.items()}})
+    return rows
 
 
 def _read(path: Path) -> Any:
