@@ -26,7 +26,7 @@ from prefdistill.atomic import fresh_file
 from prefdistill.data.table import response_key
 from prefdistill.data.tree import Tree, batches_by_tokens
 from prefdistill.errors import ConfigError, DataError
-from prefdistill.models.backbone import device_of
+from prefdistill.models.backbone import device_of, unwrap
 from prefdistill.models.forward import TreeModel
 from prefdistill.models.loading import (
     ADAPTER,
@@ -34,14 +34,16 @@ from prefdistill.models.loading import (
     EMBEDDED_MODEL,
     EMBEDDED_POLICY,
     adapter_base,
+    has_score_head,
     is_adapter,
 )
 from prefdistill.models.precision import autocast
+from prefdistill.models.sequence import SequenceModel
 from prefdistill.progress import Progress, silent
 
 logger = logging.getLogger(__name__)
 
-Forward = Callable[[TreeModel, Any], dict[str, torch.Tensor]]
+Forward = Callable[[Any, Any], dict[str, torch.Tensor]]
 SHARD_TOKENS = 40_000
 
 
@@ -157,7 +159,7 @@ def logps_and_features_forward(model: TreeModel, batch: Any) -> dict[str, torch.
     return {"logps": model.logps(batch, hidden), "features": model.features(batch, hidden)}
 
 
-def rewards_forward(model: TreeModel, batch: Any) -> dict[str, torch.Tensor]:
+def rewards_forward(model: TreeModel | SequenceModel, batch: Any) -> dict[str, torch.Tensor]:
     return {"rewards": model.rewards(batch)}
 
 
@@ -187,7 +189,7 @@ def fill_columns(
     missing = _missing(columns, trees)
     if not missing:
         return 0
-    model = TreeModel(load())
+    model = _scorer(load())
     model.model.eval()
     total = sum(t.tokens for t in missing)
     done = 0
@@ -216,7 +218,12 @@ def fill_columns(
     return done
 
 
-def _pool_pad(model: TreeModel) -> int | None:
+def _scorer(model: nn.Module) -> TreeModel | SequenceModel:
+    classifies = type(unwrap(model)).__name__.endswith("ForSequenceClassification")
+    return SequenceModel(model) if classifies and not has_score_head(unwrap(model)) else TreeModel(model)
+
+
+def _pool_pad(model: TreeModel | SequenceModel) -> int | None:
     pad = model.config.pad_token_id
     return None if pad is None else int(pad)
 

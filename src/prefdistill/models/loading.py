@@ -81,6 +81,15 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
         raise ConfigError(_not_loaded("model", name, error)) from error
 
 
+def positions(config: Any) -> int:
+    """How many tokens an encoder has positions for; a large number where its configuration has no bound."""
+    known = getattr(config, "max_position_embeddings", None)
+    if not known or known < 0:
+        return 1_000_000_000
+    # RoBERTa's kin count positions from the pad token's id on.
+    return int(known) - (int(config.pad_token_id) + 1 if config.model_type in _COUNT_FROM_PAD else 0)
+
+
 def generation_ends(name: str) -> tuple[int, ...]:
     """End tokens that a model's generation configuration names besides the tokenizer's."""
     if name in (EMBEDDED_MODEL, EMBEDDED_POLICY):
@@ -98,8 +107,7 @@ def load_classifier(name: str, *, trust_remote_code: bool = False) -> nn.Module:
     """A reward model: a sequence classifier with one label, by folder, hub id or PEFT adapter folder.
 
     Raises:
-        ConfigError: it cannot be found, its folder lacks weights, it has another number of labels than one, or its
-            rewards do not come from a linear head named `score` on a causal model's last hidden state.
+        ConfigError: it cannot be found, its folder lacks weights, or it has another number of labels than one.
     """
     lacking: Any = ()
     try:
@@ -128,8 +136,24 @@ def load_classifier(name: str, *, trust_remote_code: bool = False) -> nn.Module:
         raise ConfigError(
             f"the reward model {name!r} has {model.config.num_labels} labels; a reward model must have exactly 1"
         )
-    _check_head(model, name)
     return model
+
+
+def has_score_head(model: Any) -> bool:
+    """Whether rewards are a linear head `score` on a causal model's hidden states; encoders have heads of their own."""
+    return isinstance(getattr(model, "score", None), nn.Linear)
+
+
+def reads_text_pairs(name: str, *, trust_remote_code: bool = False) -> bool:
+    """Whether a reward model is an encoder, which reads prompt and response at once; no weights are read."""
+    if is_adapter(name) or name in (EMBEDDED_MODEL, EMBEDDED_POLICY):
+        return False
+    config = load_config(name, trust_remote_code=trust_remote_code)
+    if not any(a.endswith("ForSequenceClassification") for a in config.architectures or []):
+        return False  # the base of a reward model that is still to be trained
+    with torch.device("meta"):
+        made = transformers.AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust_remote_code)
+    return not has_score_head(made)
 
 
 def check_classifier(name: str, *, trust_remote_code: bool = False) -> None:
@@ -148,12 +172,14 @@ def check_classifier(name: str, *, trust_remote_code: bool = False) -> None:
 
 
 def _check_head(model: Any, name: str) -> None:
-    if not isinstance(getattr(model, "score", None), nn.Linear):
+    if not has_score_head(model):
         raise ConfigError(
-            f"{name!r} is a {type(model).__name__}, which has no linear head named 'score'; a reward model must be a "
-            "causal model's AutoModelForSequenceClassification (encoders such as BERT are not supported)"
+            f"{name!r} gives a {type(model).__name__}, which has no linear head named 'score'; members are trained on "
+            "causal models (a ready encoder can stand in by reward.pretrained)"
         )
 
+
+_COUNT_FROM_PAD = ("roberta", "xlm-roberta", "camembert", "longformer", "mpnet")
 
 # What loading raises for a folder or hub id that cannot be read, broken weights among them.
 _UNREADABLE = (OSError, ValueError, SafetensorError)

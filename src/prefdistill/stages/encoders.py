@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from prefdistill.data.table import PromptGroup
+from prefdistill.data.text_pairs import UNBOUNDED, PairEncoder
 from prefdistill.data.tokenise import Encoder
 from prefdistill.data.tree import Tree
-from prefdistill.models.loading import generation_ends, load_tokenizer
+from prefdistill.models.loading import generation_ends, load_config, load_tokenizer, positions, reads_text_pairs
 from prefdistill.stages.run import Run
 
 
@@ -20,19 +21,29 @@ def training_facts(folder: str) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def encoder_of(run: Run, name: str) -> Encoder:
+def encoder_of(run: Run, name: str) -> Encoder | PairEncoder:
     """The encoder of a reward model or of the base of one, the same in training and in scoring.
 
-    The run's own where the tokenizer reads all texts alike; else the model's tokens, with the run's bound on prompts.
+    The run's own where the tokenizer reads all texts alike; else the model's tokens, with the run's bound on prompts;
+    text pairs where the model is an encoder.
     """
     facts = training_facts(name)
     if name == run.reference or facts.get("tokenizer") == run.tokenizer_fingerprint:
         return run.encoder
-    trust = run.config.trust_remote_code
+    trust, bounds = run.config.trust_remote_code, run.config.dataset
+    if reads_text_pairs(name, trust_remote_code=trust):
+        tokenizer = load_tokenizer(name, trust_remote_code=trust)
+        limit = min(int(tokenizer.model_max_length), positions(load_config(name, trust_remote_code=trust)))
+        return PairEncoder(
+            tokenizer,
+            max_tokens=limit if limit < UNBOUNDED else None,
+            max_prompt_tokens=bounds.max_prompt_tokens,
+            max_response_tokens=bounds.max_response_tokens,
+        )
     ends = tuple(facts["end_ids"]) if "end_ids" in facts else generation_ends(name)
     own = Encoder(
         load_tokenizer(name, trust_remote_code=trust),
-        max_prompt_tokens=run.config.dataset.max_prompt_tokens,
+        max_prompt_tokens=bounds.max_prompt_tokens,
         end_ids=ends,
     )
     return run.encoder if _read_alike(own, run.encoder) else own
@@ -52,7 +63,7 @@ def _made_of(tokenizer: Any) -> tuple[Any, ...]:
     return made, tokenizer.chat_template, tokenizer.bos_token_id, tokenizer.eos_token_id
 
 
-def member_trees(run: Run, groups: Sequence[PromptGroup], encoder: Encoder) -> list[Tree]:
+def member_trees(run: Run, groups: Sequence[PromptGroup], encoder: Encoder | PairEncoder) -> list[Tree]:
     """The prompts' trees in a member's own tokens, which are the policy's unless its tokenizer is another one."""
     if encoder is run.encoder:
         return [g.tree for g in groups]
@@ -61,13 +72,17 @@ def member_trees(run: Run, groups: Sequence[PromptGroup], encoder: Encoder) -> l
 
 
 def response_trees(
-    encoder: Encoder, groups: Sequence[PromptGroup], texts: Sequence[Sequence[Any]], finished: Sequence[Sequence[bool]]
+    encoder: Encoder | PairEncoder,
+    groups: Sequence[PromptGroup],
+    texts: Sequence[Sequence[Any]],
+    finished: Sequence[Sequence[bool]],
 ) -> list[Tree]:
     """Responses given as text, in the tokens of a reward model; one tree a prompt, in the texts' order, none left out.
 
     Longer ones than dataset.max_response_tokens too: a sample is judged as it is.
     """
-    encoder, trees = encoder.without_response_bound(), []
+    encoder = encoder.without_response_bound()
+    trees = []
     for g, ts, fs in zip(groups, texts, finished, strict=True):
         # A sample cut off before its first letter has no token to stand on; it is judged as one that ended at once.
         known = [

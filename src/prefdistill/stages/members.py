@@ -17,6 +17,7 @@ import transformers
 from prefdistill.atomic import write_json
 from prefdistill.data.bias import biased_groups, longer_chosen, resample
 from prefdistill.data.table import PromptGroup, in_split, write_scored
+from prefdistill.data.text_pairs import PairEncoder
 from prefdistill.data.tokenise import Encoder
 from prefdistill.data.tree import Tree
 from prefdistill.errors import ConfigError
@@ -193,6 +194,11 @@ def train_member(
         validation = biased_groups(validation, rho, seed=seed)
     folder.parent.mkdir(parents=True, exist_ok=True)
     encoder = encoder_of(run, base)
+    if isinstance(encoder, PairEncoder):
+        raise ConfigError(
+            f"{base!r} is an encoder, on which no member can be trained here; give a causal model in reward.models, or "
+            "a ready encoder in reward.pretrained"
+        )
     tokenizer = copy.deepcopy(encoder.tokenizer)
     facts: dict[str, Any] = {"base": base, "hold": options.hold, "seed": seed, "pairs": int(weights.sum())}
     facts |= {"tokenizer": run.tokenizer_fingerprint} if encoder is run.encoder else {"end_ids": encoder.end_ids}

@@ -1,0 +1,137 @@
+"""Encoders (BERT and its kin) as ready reward models and as judges: the rewards are those of transformers itself."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from prefdistill import pipeline
+from prefdistill.data.text_pairs import PairEncoder
+from prefdistill.data.tree import Tree
+from prefdistill.errors import ConfigError
+from prefdistill.models.loading import load_classifier, reads_text_pairs
+from prefdistill.models.sequence import SequenceModel
+from test_pipeline import WORDS, data, model_folder, small  # noqa: F401
+
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+LONGEST = 40
+
+
+def words(kind: str):
+    """A tokenizer of whole words that puts pairs together as BERT does, or as RoBERTa does with two separators."""
+    vocabulary = {w: i for i, w in enumerate([*SPECIAL, "Describe", ":", *WORDS])}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    pair = "[CLS] $A [SEP] $B:1 [SEP]:1" if kind == "bert" else "[CLS] $A [SEP] [SEP] $B [SEP]"
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair=pair, special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        model_max_length=LONGEST,
+        model_input_names=["input_ids", "attention_mask", *(["token_type_ids"] if kind == "bert" else [])],
+        **{f"{n}_token": f"[{n.upper()}]" for n in ("pad", "unk", "cls", "sep", "mask")},
+    )
+
+
+def saved(kind: str, folder):
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    tokenizer = words(kind)
+    fixed = {**sizes, "vocab_size": len(tokenizer), "num_labels": 1, "pad_token_id": 0, "initializer_range": 0.5}
+    if kind == "bert":
+        made = transformers.BertForSequenceClassification(
+            transformers.BertConfig(max_position_embeddings=LONGEST, **fixed)
+        )
+    else:
+        made = transformers.RobertaForSequenceClassification(
+            transformers.RobertaConfig(max_position_embeddings=LONGEST + 1, type_vocab_size=1, **fixed)
+        )
+    made.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["bert", "roberta"])
+def encoder_folder(request, tmp_path_factory):
+    return saved(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def truth(folder, prompt: str, response: str) -> float:
+    """As a user of transformers would ask it."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    inputs = tokenizer(prompt, response, return_tensors="pt")
+    inputs = {k: v for k, v in inputs.items() if k != "token_type_ids" or model.config.type_vocab_size > 1}
+    with torch.no_grad():
+        return float(model(**inputs).logits[0, 0])
+
+
+def test_rewards_are_those_of_transformers(encoder_folder):
+    assert reads_text_pairs(str(encoder_folder))
+    encoder = PairEncoder(words_of(encoder_folder), max_tokens=LONGEST, max_prompt_tokens=99, max_response_tokens=20)
+    prompts = ["Describe red green :", "Describe soft :"]
+    responses = [["blue round", "old new bright dark"], ["hard", "hard"]]
+    trees = [
+        Tree(encoder.prompt_ids(p).ids, tuple(encoder.response_ids(p, r) for r in rs))
+        for p, rs in zip(prompts, responses, strict=True)
+    ]
+    model = SequenceModel(load_classifier(str(encoder_folder)).eval())
+    with torch.no_grad():
+        found = model.rewards(model.collate(trees)).tolist()
+    expected = [truth(encoder_folder, p, r) for p, rs in zip(prompts, responses, strict=True) for r in rs]
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+def words_of(folder):
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def test_long_texts_are_cut_at_the_prompts_left_and_the_responses_right(encoder_folder, caplog):
+    tokenizer = words_of(encoder_folder)
+    encoder = PairEncoder(tokenizer, max_tokens=20, max_prompt_tokens=99, max_response_tokens=6)
+    specials = tokenizer.num_special_tokens_to_add(pair=True)
+    many = " ".join(WORDS * 4)
+    prompt = encoder.prompt_ids(f"Describe {many}").ids
+    with caplog.at_level(logging.WARNING):
+        response = encoder.response_ids("", many)
+        encoder.response_ids("", many)
+    assert len(prompt) + len(response) == 20
+    assert len(response) == 6 + 1
+    ends = tokenizer(many, add_special_tokens=False)["input_ids"]
+    kept = 20 - specials - 6
+    assert prompt[1 : 1 + kept] == tuple(ends[-kept:])
+    assert response[:6] == tuple(ends[:6])
+    assert len([r for r in caplog.records if r.name.startswith("prefdistill")]) == 1
+    assert "judged by their beginning" in caplog.text
+
+
+def test_an_encoder_stands_in_as_member_and_as_judge(data, model_folder, encoder_folder, tmp_path):  # noqa: F811
+    out = tmp_path / "run"
+    options = {"reward.members": 1, "reward.pretrained": f"[{encoder_folder}]", "evaluate.judge": encoder_folder}
+    pipeline.run(small(data, model_folder, out, methods="[d-dpo]", **options))
+    scored = pq.read_table(out / "data" / "scored.parquet").to_pylist()
+    margins = [row["rewards_chosen"][1] - row["rewards_rejected"][1] for row in scored[:6]]
+    expected = [
+        truth(encoder_folder, row["prompt"], row["chosen"]) - truth(encoder_folder, row["prompt"], row["rejected"])
+        for row in scored[:6]
+    ]
+    assert margins == pytest.approx(expected, abs=1e-4)
+    shown = json.loads((out / "evaluation" / "side_by_side.json").read_text(encoding="utf-8"))
+    for card in shown[:3]:
+        judged = truth(encoder_folder, card["prompt"], card["responses"]["d-dpo"])
+        assert card["scores"]["d-dpo"] == pytest.approx(judged, abs=1e-4)
+    assert np.isfinite(json.loads((out / "evaluation" / "summary.json").read_text())["judge"]["heldout_accuracy"])
+
+
+def test_no_member_is_trained_on_an_encoder(data, model_folder, encoder_folder, tmp_path):  # noqa: F811
+    options = {"reward.hold": "lora", "reward.models": f"[{encoder_folder}]"}
+    with pytest.raises(ConfigError, match=r"is an encoder.*reward\.pretrained"):
+        pipeline.run(small(data, model_folder, tmp_path / "run", methods="[d-dpo]", **options), until="reward")
