@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 
@@ -58,6 +59,13 @@ def small(data, model_folder, out, **sections) -> RunConfig:
         **sections,
     }
     return parse("run", [f"--{k}={v}" for k, v in flags.items()])
+
+
+def test_every_stage_says_how_long_is_left(data, model_folder, tmp_path, capsys):
+    pipeline.run(small(data, model_folder, tmp_path / "run", methods="[dpo]"), until="distill")
+    stages = [line for line in capsys.readouterr().err.splitlines() if line.startswith("[")]
+    assert len(stages) == 4
+    assert all(re.search(r"about \d[\d.]* (s|min) left in all", line) for line in stages)
 
 
 def test_run_twice_does_nothing_the_second_time(data, model_folder, tmp_path, capsys):

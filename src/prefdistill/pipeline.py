@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from prefdistill.config import RunConfig
-from prefdistill.data.table import TABLE_FORMAT
+from prefdistill.data.table import TABLE_FORMAT, PromptGroup, in_split
 from prefdistill.errors import ConfigError
 from prefdistill.evaluation.judges import is_oracle, load_oracle
 from prefdistill.manifest import Manifest, StageRecord, file_fingerprint, fingerprint_of
-from prefdistill.models.loading import check_classifier
+from prefdistill.models.loading import check_classifier, load_config
+from prefdistill.models.precision import forward_seconds
 from prefdistill.scoring import model_fingerprint
 from prefdistill.stages import distill, draw, evaluate, members, prepare, report
 from prefdistill.stages.run import Run
@@ -78,12 +79,15 @@ def run(config: RunConfig, *, until: str | None = None) -> Path:
         _say(f"nothing to do: all {len(stages)} stages of {job.root} are done")
         return job.root
     began, spent, worked = time.monotonic(), 0.0, 0.0
+    guess = _seconds_a_pass(job, in_split(groups, "train"))
     for number, stage in enumerate(stages, start=1):
         if stage not in todo:
             _say(f"[{number}/{len(stages)}] {stage.name}: done before")
             continue
         rest = sum(s.cost for s in todo[todo.index(stage) :])
-        left = f", about {_minutes(spent / worked * rest)} left in all" if worked > 1 else ""
+        # What this run has measured of itself counts once it is worth a pass; before that, what a forward should take.
+        a_pass = spent / worked if worked > 1 else guess
+        left = f", about {_minutes(a_pass * rest)} left in all" if a_pass else ""
         _say(f"[{number}/{len(stages)}] {stage.name}: {stage.does}{left}")
         start = time.monotonic()
         outputs, said = stage.work(prints[stage.name])
@@ -279,6 +283,11 @@ def _check_models(config: RunConfig) -> None:
 def _data_fingerprint(config: RunConfig, job: Run) -> str:
     path = prepare.EMBEDDED_PAIRS if config.data == "embedded" else Path(config.data).expanduser()
     return file_fingerprint(path) if path.exists() else fingerprint_of(config.data, config.dataset.split)
+
+
+def _seconds_a_pass(job: Run, groups: Sequence[PromptGroup]) -> float | None:
+    config = load_config(job.config.model, trust_remote_code=job.config.trust_remote_code)
+    return forward_seconds(config, sum(g.tree.tokens for g in groups), job.device)
 
 
 def _minutes(seconds: float) -> str:

@@ -74,7 +74,8 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
     if is_adapter(name):
         name = adapter_base(name)
     if name in (EMBEDDED_MODEL, EMBEDDED_POLICY):
-        return _load_embedded().config
+        folder, file = _embedded_gguf()
+        return transformers.AutoConfig.from_pretrained(folder, gguf_file=file)
     try:
         return transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:

@@ -83,6 +83,21 @@ def _rates(hidden: int, inner: int) -> dict[str, float]:
     return {name: 2 * MEASURED_ROWS * hidden * inner / seconds for name, seconds in best.items()}
 
 
+def forward_seconds(config: Any, tokens: int, device: torch.device) -> float | None:
+    """About how long one forward over so many tokens takes, from a matrix product that is timed here.
+
+    None where nothing is timed (not on a CPU) or the configuration does not tell the model's size.
+    """
+    text = config.get_text_config()
+    sizes = [getattr(text, name, None) or 0 for name in ("hidden_size", "num_hidden_layers", "vocab_size")]
+    if device.type != "cpu" or not all(sizes):
+        return None
+    hidden, layers, vocabulary = map(int, sizes)
+    inner = int(getattr(text, "intermediate_size", None) or 4 * hidden)
+    weights = layers * (4 * hidden**2 + 3 * hidden * inner) + vocabulary * hidden
+    return 2 * weights * tokens / max(_rates(hidden, inner).values())
+
+
 def autocast(precision: str, device: torch.device) -> torch.autocast:
     """The context in which a forward runs with this precision."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
