@@ -12,7 +12,7 @@ HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 INSTALL_TORCH = $(if $(HAS_GPU),$(PIP) install $(TORCH),$(PIP) install $(TORCH)+cpu 2>/dev/null \
 	|| $(PIP) install $(TORCH)+cpu --index-url https://download.pytorch.org/whl/cpu || $(PIP) install $(TORCH))
 
-.PHONY: help setup setup-dev quickstart quickstart-full test test-slow lint format embedded clean
+.PHONY: help setup setup-dev quickstart quickstart-full test test-slow benchmark lint format embedded clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
@@ -56,6 +56,9 @@ lint: setup-dev ## ruff and mypy
 format: setup-dev ## rewrite the sources in ruff's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+benchmark: setup-dev ## speed against TRL in one run; results in benchmarks/results.json, takes minutes
+	$(BIN)/python -m benchmarks
 
 embedded: setup ## make the embedded pairs and adapter again
 	$(BIN)/python scripts/make_embedded.py

@@ -1,0 +1,84 @@
+"""The policy step: DPO on the same pairs, from the same weights, by our trainer and by TRL's."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from typing import Any
+
+import torch
+from datasets import Dataset
+from trl import DPOConfig, DPOTrainer
+
+from benchmarks.shapes import Prompt, policy_of, rows_of, tokenizer_of
+from benchmarks.steps import Step, stepper
+from prefdistill.models.forward import TreeModel
+from prefdistill.training.distill import DistillConfig, DistillExample, DistillTrainer
+
+BETA = 0.1
+LEARNING_RATE = 1e-5
+
+
+def _arguments(precision: str, batch: int, **options: Any) -> dict[str, Any]:
+    return {
+        "output_dir": tempfile.mkdtemp(),
+        "bf16": precision == "bfloat16",
+        "use_cpu": not torch.cuda.is_available(),
+        "per_device_train_batch_size": batch,
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "report_to": [],
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "seed": 0,
+        **options,
+    }
+
+
+def ours(
+    prompts: list[Prompt], *, size: str, precision: str, batch_prompts: int, method: str = "dpo", members: int = 0
+) -> Step:
+    """A step over `batch_prompts` prompts with all their pairs; reference log-probs are a column."""
+    policy = policy_of(size)
+    model = TreeModel(policy.eval())
+    logps: list[list[float]] = []
+    with torch.inference_mode():
+        for p in prompts:
+            logps.append(model.logps(model.collate([p.tree])).tolist())
+    draw = torch.Generator().manual_seed(0)
+    examples = [
+        DistillExample(
+            p.tree,
+            tuple(reference),
+            tuple(tuple(torch.randn(len(p.responses), generator=draw).tolist()) for _ in range(members)),
+            p.pairs,
+        )
+        for p, reference in zip(prompts, logps, strict=True)
+    ]
+    arguments = DistillConfig(
+        **_arguments(precision, batch_prompts), method=method, beta=BETA, kl_alpha=0.0, pairs="labelled"
+    )
+    trainer = DistillTrainer(policy, arguments, examples=examples)
+    items = list(trainer.train_dataset)  # type: ignore[arg-type]
+    return stepper(trainer, [items[i : i + batch_prompts] for i in range(0, len(items), batch_prompts)])
+
+
+def trl(prompts: list[Prompt], *, size: str, precision: str, batch_prompts: int, checkpointing: bool) -> Step:
+    """TRL's step over the same pairs, its reference log-probs computed before."""
+    policy = policy_of(size)
+    batch = batch_prompts * len(prompts[0].pairs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = DPOTrainer(
+            model=policy,
+            args=DPOConfig(
+                **_arguments(precision, batch, gradient_checkpointing=checkpointing),
+                beta=BETA,
+                precompute_ref_log_probs=True,
+                max_length=None,
+            ),
+            train_dataset=Dataset.from_list(rows_of(prompts)),
+            processing_class=tokenizer_of(size),
+        )
+    rows = [dict(row) for row in trainer.train_dataset]
+    return stepper(trainer, [rows[i : i + batch] for i in range(0, len(rows), batch)])

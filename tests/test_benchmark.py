@@ -1,0 +1,67 @@
+"""The benchmark compares equal work: both sides' losses are one curve."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import policy  # noqa: E402
+from benchmarks.rows import flops_once  # noqa: E402
+from benchmarks.shapes import policy_of, prompts_of  # noqa: E402
+
+
+@pytest.mark.parametrize("shape", ["unique", "shared"])
+def test_losses_are_trls(shape, monkeypatch):
+    """Twenty steps of DPO from the same weights on the same pairs, float32; a rate at which weights move."""
+    monkeypatch.setattr(policy, "LEARNING_RATE", 1e-3)
+    prompts = prompts_of(shape, 6, size="tiny", prompt_tokens=20, response_tokens=7)
+    same = {"size": "tiny", "precision": "float32", "batch_prompts": 2}
+    ours, trl = policy.ours(prompts, **same), policy.trl(prompts, **same, checkpointing=False)
+    curves = [(ours(), trl()) for _ in range(20)]
+    assert curves[-1][0] < 0.9 * curves[0][0], "nothing is compared where nothing is learnt"
+    for mine, peer in curves:
+        assert mine == pytest.approx(peer, rel=1e-4)
+
+
+def test_flops_are_those_of_the_matrices():
+    """A prompt with one response of one token needs its weights once a token and the head once."""
+    prompts = prompts_of("unique", 1, size="tiny", prompt_tokens=30, response_tokens=5)
+    model = policy_of("tiny")
+    head = model.lm_head.weight.numel()
+    body = sum(p.numel() for n, p in model.named_parameters() if "norm" not in n and "embed" not in n)
+    tokens, answers = 30 + 2 * 5, 2 * 5
+    seen = sum(range(1, 31)) + 2 * sum(30 + i for i in range(1, 6))
+    expected = 2 * body * tokens + 2 * head * answers + 4 * 2 * 32 * seen
+    assert flops_once(prompts, "tiny", training=False) == pytest.approx(expected)
+    assert flops_once(prompts, "tiny", training=True) == pytest.approx(3 * expected)
+
+
+def test_the_command_writes_its_results(tmp_path):
+    sizes = ["--model", "tiny", "--prompt-tokens", "12", "--response-tokens", "5", "--batch-prompts", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks",
+        *sizes,
+        "--rows",
+        "unique",
+        "--steps",
+        "2",
+        "--output",
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "policy step, unique prompts" in done.stdout
+    written = json.loads((tmp_path / "results.json").read_text())
+    row = written["rows"][0]
+    assert row["ratio"] == pytest.approx(row["peer"] / row["ours"])
+    assert row["memory"]["ours"] > 0
+    assert {"machine", "versions"} <= set(written)
+    assert written["versions"]["trl"] == "1.16.0"
