@@ -82,7 +82,7 @@ def _measure(row: Any, sizes: Any, options: Any) -> dict[str, Any]:
     times = take_turns(steps, steps=options.steps, warmup=options.warmup)
     del steps
     best = min(peers, key=lambda side: times[side].median)
-    batch = prompts[: sizes.batch_prompts]
+    batch = prompts if row.whole else prompts[: sizes.batch_prompts]
     pairs = sum(len(p.pairs) for p in batch)
     ours, peer = times["ours"].median, times[best].median
     memory = (
@@ -102,7 +102,7 @@ def _measure(row: Any, sizes: Any, options: Any) -> dict[str, Any]:
         "seconds": {side: list(t.seconds) for side, t in times.items()},
         "memory": memory and {"ours": memory["ours"], "peer": memory[best], "ratio": memory[best] / memory["ours"]},
         "memory_target": row.memory_target,
-        "utilisation": flops_once(batch, sizes.model, training=row.training) / ours / _rate(sizes.model),
+        "utilisation": flops_once(batch, sizes.model, training=row.training, head=row.head) / ours / _rate(sizes.model),
     }
 
 

@@ -19,7 +19,7 @@ BETA = 0.1
 LEARNING_RATE = 1e-5
 
 
-def _arguments(precision: str, batch: int, **options: Any) -> dict[str, Any]:
+def trainer_arguments(precision: str, batch: int, **options: Any) -> dict[str, Any]:
     return {
         "output_dir": tempfile.mkdtemp(),
         "bf16": precision == "bfloat16",
@@ -56,7 +56,7 @@ def ours(
         for p, reference in zip(prompts, logps, strict=True)
     ]
     arguments = DistillConfig(
-        **_arguments(precision, batch_prompts), method=method, beta=BETA, kl_alpha=0.0, pairs="labelled"
+        **trainer_arguments(precision, batch_prompts), method=method, beta=BETA, kl_alpha=0.0, pairs="labelled"
     )
     trainer = DistillTrainer(policy, arguments, examples=examples)
     items = list(trainer.train_dataset)  # type: ignore[arg-type]
@@ -65,14 +65,20 @@ def ours(
 
 def trl(prompts: list[Prompt], *, size: str, precision: str, batch_prompts: int, checkpointing: bool) -> Step:
     """TRL's step over the same pairs, its reference log-probs computed before."""
-    policy = policy_of(size)
     batch = batch_prompts * len(prompts[0].pairs)
+    trainer = trl_trainer(prompts, size=size, precision=precision, batch=batch, checkpointing=checkpointing)
+    rows = [dict(row) for row in trainer.train_dataset]
+    return stepper(trainer, [rows[i : i + batch] for i in range(0, len(rows), batch)])
+
+
+def trl_trainer(prompts: list[Prompt], *, size: str, precision: str, batch: int, checkpointing: bool) -> Any:
+    """TRL's DPOTrainer over these pairs as text; the reference's log-probs are columns of its data set."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer = DPOTrainer(
-            model=policy,
+        return DPOTrainer(
+            model=policy_of(size),
             args=DPOConfig(
-                **_arguments(precision, batch, gradient_checkpointing=checkpointing),
+                **trainer_arguments(precision, batch, gradient_checkpointing=checkpointing),
                 beta=BETA,
                 precompute_ref_log_probs=True,
                 max_length=None,
@@ -80,5 +86,3 @@ def trl(prompts: list[Prompt], *, size: str, precision: str, batch_prompts: int,
             train_dataset=Dataset.from_list(rows_of(prompts)),
             processing_class=tokenizer_of(size),
         )
-    rows = [dict(row) for row in trainer.train_dataset]
-    return stepper(trainer, [rows[i : i + batch] for i in range(0, len(rows), batch)])

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-from benchmarks import policy
+from benchmarks import policy, reward, scoring
 from benchmarks.shapes import SIZES, Prompt, prompts_of
 from benchmarks.steps import Step
 
@@ -33,6 +32,8 @@ class Row:
         sides: "ours" and the peer's variants, of which the fastest counts; given sizes and a precision.
         units: what a step does, for the rate, e.g. pairs.
         training: whether a step is forward and backward.
+        head: whether logits over the vocabulary are needed.
+        whole: whether a step is all prompts, not a batch of them.
     """
 
     name: str
@@ -44,7 +45,8 @@ class Row:
     at_most: bool = False
     memory_target: float | None = None
     training: bool = True
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    head: bool = True
+    whole: bool = False
 
     def prompts(self, sizes: Sizes, batches: int = 2) -> list[Prompt]:
         return prompts_of(
@@ -77,6 +79,33 @@ def _trl(checkpointing: bool) -> Callable[[list[Prompt], Sizes, str], Step]:
     )
 
 
+def _our_reward(prompts: list[Prompt], sizes: Sizes, precision: str) -> Step:
+    return reward.ours(prompts, size=sizes.model, precision=precision, batch_prompts=sizes.batch_prompts)
+
+
+def _trl_reward(checkpointing: bool) -> Callable[[list[Prompt], Sizes, str], Step]:
+    return lambda prompts, sizes, precision: reward.trl(
+        prompts,
+        size=sizes.model,
+        precision=precision,
+        batch_prompts=sizes.batch_prompts,
+        checkpointing=checkpointing,
+    )
+
+
+def _our_scoring(prompts: list[Prompt], sizes: Sizes, precision: str) -> Step:
+    return scoring.ours(prompts, size=sizes.model, precision=precision)
+
+
+def _trl_scoring(batch_pairs: int) -> Callable[[list[Prompt], Sizes, str], Step]:
+    return lambda prompts, sizes, precision: scoring.trl(
+        prompts, size=sizes.model, precision=precision, batch_pairs=batch_pairs
+    )
+
+
+_TRL_REWARD = {"trl": _trl_reward(False), "trl, checkpointing": _trl_reward(True)}
+# Its batch size for this pass is its user's to choose: the best of three counts.
+_TRL_SCORING = {f"trl, {n} pairs": _trl_scoring(n) for n in (1, 4, 8)}
 _TRL_POLICY = {"trl": _trl(False), "trl, checkpointing": _trl(True)}
 
 ROWS = (
@@ -99,6 +128,34 @@ ROWS = (
         memory_target=2.0,
     ),
     Row(
+        "reward-model step, unique prompts",
+        "Bradley-Terry, a pair a prompt",
+        "TRL RewardTrainer",
+        3.0,
+        "unique",
+        {"ours": _our_reward, **_TRL_REWARD},
+        head=False,
+    ),
+    Row(
+        "reward-model step, four pairs a prompt",
+        "Bradley-Terry, four pairs over four responses",
+        "TRL RewardTrainer",
+        6.0,
+        "shared",
+        {"ours": _our_reward, **_TRL_REWARD},
+        head=False,
+    ),
+    Row(
+        "reference log-probs of a data set",
+        "log-probs of all responses, four pairs a prompt",
+        "TRL's precompute_ref_log_probs",
+        3.0,
+        "shared",
+        {"ours": _our_scoring, **_TRL_SCORING},
+        training=False,
+        whole=True,
+    ),
+    Row(
         "e-DPO step, K = 5",
         "e-DPO with five reward columns",
         "own DPO step",
@@ -110,7 +167,7 @@ ROWS = (
 )
 
 
-def flops_once(prompts: list[Prompt], model: str, *, training: bool) -> float:
+def flops_once(prompts: list[Prompt], model: str, *, training: bool, head: bool = True) -> float:
     """Model FLOPs of the tokens that must be computed once: two a weight and token, the head at response tokens only.
 
     Attention's own products are counted over the tokens that a token can see; a backward pass costs two forwards.
@@ -124,5 +181,6 @@ def flops_once(prompts: list[Prompt], model: str, *, training: bool) -> float:
         before, answers = len(p.ids), [len(r) for r in p.responses]
         seen = before * (before + 1) / 2 + sum(n * before + n * (n + 1) / 2 for n in answers)
         total += 2 * weights * (before + sum(answers)) + 4 * layers * hidden * seen
-        total += 2 * hidden * s["vocab_size"] * sum(answers)
+        if head:
+            total += 2 * hidden * s["vocab_size"] * sum(answers)
     return total * (3 if training else 1)

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import policy  # noqa: E402
+from benchmarks import policy, reward, scoring  # noqa: E402
 from benchmarks.rows import flops_once  # noqa: E402
 from benchmarks.shapes import policy_of, prompts_of  # noqa: E402
 
@@ -65,3 +65,21 @@ def test_the_command_writes_its_results(tmp_path):
     assert row["memory"]["ours"] > 0
     assert {"machine", "versions"} <= set(written)
     assert written["versions"]["trl"] == "1.16.0"
+
+
+@pytest.mark.parametrize("shape", ["unique", "shared"])
+def test_reward_losses_are_trls(shape, monkeypatch):
+    monkeypatch.setattr(policy, "LEARNING_RATE", 1e-3)
+    prompts = prompts_of(shape, 6, size="tiny", prompt_tokens=20, response_tokens=7)
+    same = {"size": "tiny", "precision": "float32", "batch_prompts": 2}
+    ours, trl = reward.ours(prompts, **same), reward.trl(prompts, **same, checkpointing=False)
+    curves = [(ours(), trl()) for _ in range(20)]
+    assert curves[-1][0] < 0.9 * curves[0][0]
+    for mine, peer in curves:
+        assert mine == pytest.approx(peer, rel=1e-4)
+
+
+def test_reference_logps_are_trls():
+    prompts = prompts_of("shared", 3, size="tiny", prompt_tokens=20, response_tokens=7)
+    same = {"size": "tiny", "precision": "float32"}
+    assert scoring.ours(prompts, **same)() == pytest.approx(scoring.trl(prompts, **same, batch_pairs=4)(), rel=1e-5)
