@@ -215,6 +215,8 @@ def test_the_sweep_is_checked(data, model_folder, tmp_path):  # noqa: F811
         ({"methods": ("d-dpo",)}, "must hold dpo"),
         ({"rhos": (0.2, 0.2)}, "--rhos"),
         ({"seeds": ()}, "--seeds"),
+        ({"rhos": (0.2, 1.5)}, r"hold 1\.5"),
+        ({"member_rhos": (-1.0,)}, "hold -1"),
     ):
         with pytest.raises(ConfigError, match=said):
             run_comparison(sweep(data, model_folder, tmp_path / "no", **changes))
@@ -222,6 +224,10 @@ def test_the_sweep_is_checked(data, model_folder, tmp_path):  # noqa: F811
     biased.config.dataset.rho = 0.3
     with pytest.raises(ConfigError, match=r"dataset\.rho"):
         run_comparison(biased)
+    elsewhere = sweep(data, model_folder, tmp_path / "no")
+    elsewhere.config.evaluate.split = "validation"
+    with pytest.raises(ConfigError, match=r"evaluate\.split"):
+        run_comparison(elsewhere)
     assert not (tmp_path / "no").exists()
 
 
@@ -283,3 +289,20 @@ def test_the_experiments_own_options_are_whole():
 
     for name in EXPERIMENTS:
         parse("run", [str(files("prefdistill.embedded").joinpath(f"{name}.yaml"))]).check()
+
+
+def test_methods_of_labels_alone_need_no_reward_models(data, model_folder, tmp_path):  # noqa: F811
+    table = run_comparison(sweep(data, model_folder, tmp_path / "labels", rhos=(0.2,), methods=("dpo", "ipo")))
+    assert table["members"] == []
+    assert not (run_folder(tmp_path / "labels", 0, 0.2) / "reward").exists()
+
+
+def test_a_variant_of_d_dpo_distils_its_own_reward_model(data, model_folder, tmp_path):  # noqa: F811
+    from prefdistill.experiments.comparison import _config
+
+    job = sweep(data, model_folder, tmp_path / "x", methods=("dpo", "mine", "e-dpo"))
+    job.config.distill.per_method = {"mine": {"method": "d-dpo", "beta": 0.2}}
+    made = _config(job, 0, 0.2, 10, others=True)
+    assert made.distill.of("mine").members == [0]
+    assert made.distill.of("mine").beta == 0.2
+    assert made.distill.of("e-dpo").members is None

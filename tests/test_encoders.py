@@ -18,6 +18,7 @@ from prefdistill.data.tree import Tree
 from prefdistill.errors import ConfigError
 from prefdistill.models.loading import load_classifier, reads_text_pairs
 from prefdistill.models.sequence import SequenceModel
+from prefdistill.scoring import Column, fill_columns, rewards_forward
 from test_pipeline import WORDS, data, model_folder, small  # noqa: F401
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -103,7 +104,10 @@ def test_long_texts_are_cut_at_the_prompts_left_and_the_responses_right(encoder_
     with caplog.at_level(logging.WARNING):
         response = encoder.response_ids("", many)
         encoder.response_ids("", many)
-    assert len(prompt) + len(response) == 20
+    long_prompt = encoder.response_ids(f"Describe {many}", many)
+    assert len(prompt) + len(long_prompt) == 20
+    assert len(encoder.prompt_ids("red").ids) + len(encoder.response_ids("red", many)) == 20
+    response = long_prompt
     assert len(response) == 6 + 1
     ends = tokenizer(many, add_special_tokens=False)["input_ids"]
     kept = 20 - specials - 6
@@ -135,3 +139,41 @@ def test_no_member_is_trained_on_an_encoder(data, model_folder, encoder_folder, 
     options = {"reward.hold": "lora", "reward.models": f"[{encoder_folder}]"}
     with pytest.raises(ConfigError, match=r"is an encoder.*reward\.pretrained"):
         pipeline.run(small(data, model_folder, tmp_path / "run", methods="[d-dpo]", **options), until="reward")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_adapter_on_an_encoder_is_an_encoder(encoder_folder, tmp_path):
+    """Its folder has no configuration of the model: what it is hangs on its base."""
+    from peft import LoraConfig, get_peft_model
+
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(encoder_folder, num_labels=1)
+    lora = LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+    get_peft_model(base, lora).save_pretrained(tmp_path / "adapter")
+    words_of(encoder_folder).save_pretrained(tmp_path / "adapter")
+    assert reads_text_pairs(str(tmp_path / "adapter"))
+    model = SequenceModel(load_classifier(str(tmp_path / "adapter")).eval())
+    encoder = PairEncoder(words_of(encoder_folder), max_tokens=LONGEST, max_prompt_tokens=99, max_response_tokens=20)
+    tree = Tree(encoder.prompt_ids("Describe :").ids, (encoder.response_ids("Describe :", "blue red"),))
+    with torch.no_grad():
+        found = float(model.rewards(model.collate([tree]))[0])
+    assert found == pytest.approx(truth(encoder_folder, "Describe :", "blue red"), abs=1e-5)
+
+
+def test_the_token_budget_counts_every_repeated_prompt(encoder_folder, tmp_path, monkeypatch):
+    prompt, responses = tuple(range(5, 15)), tuple((i, 3) for i in range(5, 9))
+    widths = []
+    real = SequenceModel.collate
+
+    def counted(self, trees, **options):
+        batch = real(self, trees, **options)
+        widths.append(batch.input_ids.numel())
+        return batch
+
+    monkeypatch.setattr(SequenceModel, "collate", counted)
+    column = Column(tmp_path, "x")
+    load = lambda: load_classifier(str(encoder_folder))  # noqa: E731
+    fill_columns(
+        {"rewards": column}, [Tree(prompt, responses)], load, rewards_forward, token_budget=24, precision="float32"
+    )
+    assert len(column.of(Tree(prompt, responses))) == 4
+    assert max(widths) <= 24

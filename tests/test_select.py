@@ -9,8 +9,10 @@ from safetensors.torch import load_file
 
 from prefdistill import pipeline
 from prefdistill.errors import ConfigError
+from prefdistill.evaluation import sampling
 from prefdistill.stages import select
 from prefdistill.stages.select import kept_steps
+from prefdistill.training.trees import TreeTrainer
 from test_pipeline import data, model_folder, small  # noqa: F401
 
 
@@ -86,6 +88,8 @@ def test_a_stopped_choice_goes_on(data, model_folder, tmp_path, monkeypatch):  #
     monkeypatch.setattr(select, "score_samples", dies)
     with pytest.raises(KeyboardInterrupt):
         pipeline.run(config(tmp_path / "stopped"), until="distill")
+    monkeypatch.setattr(TreeTrainer, "training_step", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr(sampling, "_sample_batch", lambda *a, **k: pytest.fail("sampled again"))
     pipeline.run(config(tmp_path / "stopped"), until="distill")
     for name in ("checkpoints.json", "history.json", "model.safetensors"):
         whole, stopped = ((tmp_path / run / "policy" / "dpo" / name).read_bytes() for run in ("whole", "stopped"))
@@ -125,6 +129,11 @@ def test_variants_are_rows_of_their_own(data, model_folder, tmp_path):  # noqa: 
         ({"mine": {"method": "ipo", "beeta": 0.2}}, "unknown option 'beeta'"),
         ({"mine": {"method": "ipo", "beta": -1.0}}, "must be positive"),
         ({"mine": 3}, "must be a mapping"),
+        ({"dpo": 3}, "must be a mapping"),
+        ({"mine": {"method": "d-dpo", "members": 1}}, "list of whole numbers"),
+        ({"mine": {"method": "d-dpo", "members": ["a"]}}, "list of whole numbers"),
+        ({"mine": {"method": "ipo", "learning_rate": [1e-4]}}, "must be like a number"),
+        ({"mine": {"method": "p-dpo", "kl_alpha": float("nan")}}, "must not be negative"),
     ],
 )
 def test_variants_that_cannot_be(variants, said, data, model_folder, tmp_path):  # noqa: F811

@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefdistill import losses, pipeline
+from prefdistill import RunConfig, losses, pipeline
 from prefdistill.cli import main
 from prefdistill.errors import ConfigError
 from prefdistill.experiments.search import optuna_search
@@ -24,13 +24,17 @@ def read(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def config(methods) -> RunConfig:
+    return RunConfig(methods=methods)
+
+
 def test_a_grid_trains_nothing_twice():
-    points = grid(["dpo", "ipo", "e-dpo"], {"beta": [0.1, 0.2], "kl_alpha": [0.0, 0.01, 0.1], "tau": [0.5]})
+    points = grid(config(["dpo", "ipo", "e-dpo"]), {"beta": [0.1, 0.2], "kl_alpha": [0.0, 0.01, 0.1], "tau": [0.5]})
     names = [p.name for p in points]
     assert len(set(names)) == len(names)
     assert names[:3] == ["dpo,beta=0.1", "dpo,beta=0.2", "ipo,tau=0.5"]
     assert len([p for p in points if p.method == "e-dpo"]) == 6
-    assert [p.name for p in grid(["dpo"], {"tau": [0.1, 0.2]})] == ["dpo"]
+    assert [p.name for p in grid(config(["dpo"]), {"tau": [0.1, 0.2]})] == ["dpo"]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -110,9 +114,12 @@ def test_a_sweep_chooses_on_validation_and_tests_the_chosen(data, model_folder, 
         assert [r["advantage"]["mean"] for r in chosen] == [max(r["advantage"]["mean"] for r in own)]
         assert chosen[0]["name"] in test["methods"]
         assert all(r["checkpoint"] for r in own)
-        assert any(r["frontier_of_method"] for r in own)
+        assert all(r["frontier_of_method"] for r in own if r["frontier"])
     assert len(test["methods"]) == 3
-    assert any(r["frontier"] for r in table["runs"])
+    places = [(r["kl_policy_ref"]["mean"], r["advantage"]["mean"]) for r in table["runs"]]
+    for r, (kl, advantage) in zip(table["runs"], places, strict=True):
+        better = [(k, a) for k, a in places if (k <= kl and a > advantage) or (k < kl and a >= advantage)]
+        assert r["frontier"] == (not better)
     page = (out / "sweep.html").read_text(encoding="utf-8")
     assert "<svg" not in page
     assert "data:image/svg+xml" in page
@@ -152,7 +159,7 @@ def test_a_search_goes_where_it_is_good():
     def evaluate(points):
         return [-abs(p.options["beta"] - 0.3) for p in points]
 
-    tried = optuna_search(["dpo"], {"beta": (0.01, 10.0)}, {}, trials=40, seed=0)(evaluate)
+    tried = optuna_search(config(["dpo"]), {"beta": (0.01, 10.0)}, {}, trials=40)(evaluate)
     miss = [abs(p.options["beta"] - 0.3) for p in tried]
     assert sum(miss[-10:]) < 0.5 * sum(miss[:10])
 
@@ -171,6 +178,13 @@ def test_a_search_goes_where_it_is_good():
         (["--range", "beta=1:2", "--trials", "0"], "at least 1"),
         (["--trials", "3"], "belong together"),
         (["--points", "nowhere.yaml"], "cannot be read"),
+        (["--grid", "beta=1", "--grid", "beta=2"], "twice"),
+        (["--grid", "beta=1", "--range", "beta=1:2", "--trials", "1"], "twice"),
+        (["--range", "beta=-1:1", "--trials", "1"], "must be positive"),
+        (["--range", "beta=1:inf", "--trials", "1"], "both finite"),
+        (["--grid", "pairs=labelled,alll", "--range", "beta=1:2", "--trials", "1"], "alll"),
+        (["--grid", "members=a"], "no list such as 0+1"),
+        (["--grid", "members=0,7"], "there are 2 members"),
         (["--points", "nowhere.yaml", "--grid", "beta=1"], "without --grid"),
     ],
 )
@@ -195,7 +209,7 @@ def test_sweeps_that_cannot_be(argv, said, data, model_folder, tmp_path, capsys)
 )
 def test_lists_that_are_none(rows, said):
     with pytest.raises(ConfigError, match=said):
-        points_of(rows, "points.yaml")
+        points_of(rows, "points.yaml", config(["dpo"]))
 
 
 def test_a_point_alone_is_the_same_training(data, model_folder, tmp_path):  # noqa: F811
@@ -208,3 +222,26 @@ def test_a_point_alone_is_the_same_training(data, model_folder, tmp_path):  # no
     file = "model.safetensors"
     swept = (out / "policy" / "e-dpo,beta=0.5" / file).read_bytes()
     assert swept == (tmp_path / "plain" / "policy" / "e-dpo" / file).read_bytes()
+
+
+def test_whole_numbers_are_searched_as_such_and_hulls_sample_the_reference():
+    """The corners hold every choice: what one of them needs of the run is there for all."""
+    from prefdistill.experiments.search import corners
+    from prefdistill.experiments.sweep import with_points
+
+    job = config(["e-dpo"])
+    points = corners(job, {"lora_rank": (4, 16)}, {"pessimism": ["pair", "hull"], "kl_alpha": [0.0]})
+    assert {p.options["lora_rank"] for p in points} == {4, 16}
+    assert all(isinstance(p.options["lora_rank"], int) for p in points)
+    assert with_points(job, points, reference_samples=None, split="test").reference_samples == 2
+    tried = optuna_search(job, {"lora_rank": (4, 16)}, {}, trials=3)(lambda ps: [0.0 for _ in ps])
+    assert all(isinstance(p.options["lora_rank"], int) for p in tried)
+
+
+def test_variants_and_hulls_in_a_grid():
+    job = config(["mild", "hull-dpo"])
+    job.distill.per_method = {"mild": {"method": "ipo", "learning_rate": 0.001}}
+    points = grid(job, {"beta": [0.1, 0.2], "pessimism": ["pair", "batch", "hull-per-prompt"]})
+    assert points[0].name == "mild"
+    assert len(points) == 3, "hull-dpo knows no pair and no batch"
+    assert [p.name for p in points_of([{"method": "mild", "tau": 0.2}], "p.yaml", job)] == ["mild,tau=0.2"]

@@ -97,6 +97,8 @@ class RunConfig:
 
     def check(self) -> None:
         """Raises ConfigError, naming the option, for values that no run can use."""
+        for method, own in self.distill.per_method.items():
+            _check_variant(method, own)
         self._check_values()
         for method, own in self.distill.per_method.items():
             try:
@@ -193,7 +195,7 @@ class RunConfig:
         for name, value in positive:
             if not value > 0:
                 raise ConfigError(f"{name} is {value}; it must be positive")
-        if self.distill.kl_alpha < 0:
+        if not self.distill.kl_alpha >= 0:
             raise ConfigError(f"distill.kl_alpha is {self.distill.kl_alpha}; it must not be negative")
         total = self.reward.members + len(self.reward.pretrained)
         for k in self.distill.members or []:
@@ -203,7 +205,6 @@ class RunConfig:
             raise ConfigError("distill.members is empty; name at least one member, or null for all")
         known = {f.name for f in fields(DistillOptions)} - {"per_method"}
         for method, own in self.distill.per_method.items():
-            _check_variant(method, own)
             for name in own.keys() - {"method"}:
                 if name not in known:
                     raise ConfigError(f"distill.per_method.{method} has an unknown option {name!r}")
@@ -258,12 +259,17 @@ def _check_variant(name: str, own: dict[str, Any]) -> None:
 def _check_type(name: str, value: Any, usual: Any) -> None:
     """Raises ConfigError for a text where a number belongs, and the like; options that may be null take numbers."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
+    if name.endswith(".members"):
+        wrong = value is not None and not (isinstance(value, list) and all(type(k) is int for k in value))
+        if wrong:
+            raise ConfigError(f"{name} is {value!r}; it must be a list of whole numbers such as [0, 1], or null")
+        return
     wrong = {
         str: not isinstance(value, str),
         int: not isinstance(value, int) or isinstance(value, bool),
         float: not number,
         dict: not isinstance(value, dict),
-    }.get(type(usual), value is not None and not (number or isinstance(value, list)))
+    }.get(type(usual), value is not None and not number)
     if wrong:
         raise ConfigError(f"{name} is {value!r}; it must be like {'a number' if usual is None else repr(usual)}")
 

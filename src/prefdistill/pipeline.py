@@ -12,12 +12,13 @@ from typing import Any
 from prefdistill.config import RunConfig
 from prefdistill.data.table import TABLE_FORMAT, PromptGroup, in_split
 from prefdistill.errors import ConfigError
-from prefdistill.evaluation.judges import is_oracle, load_oracle
+from prefdistill.evaluation.judges import is_oracle, load_oracle, oracle_fingerprint
 from prefdistill.manifest import Manifest, StageRecord, file_fingerprint, fingerprint_of
-from prefdistill.models.loading import check_classifier, load_config
+from prefdistill.models.loading import check_classifier, load_config, reads_text_pairs
 from prefdistill.models.precision import forward_seconds
 from prefdistill.scoring import model_fingerprint
 from prefdistill.stages import distill, draw, evaluate, members, prepare, report
+from prefdistill.stages.encoders import encoder_of
 from prefdistill.stages.run import Run
 
 Outcome = tuple[list[Path], str]
@@ -61,7 +62,7 @@ def run(config: RunConfig, *, until: str | None = None) -> Path:
     _check_output(config)
     job = Run(config)
     # Bad data or a model that is not there must stop the run before its directory exists.
-    _check_models(config)
+    _check_models(config, job)
     pairs, bad = prepare.read_pairs(job)
     source = _data_fingerprint(config, job)
     groups, dropped = prepare.encode_pairs(job, pairs, bad)
@@ -156,7 +157,9 @@ def plan(job: Run, manifest: Manifest, make_data: Callable[[], Outcome], source:
     training["models"] = [model_fingerprint(name) for name in config.reward.models]
     pretrained = [model_fingerprint(name) for name in config.reward.pretrained]
     judged_by = config.evaluate.judge
-    if judged_by != "heldout" and not is_oracle(judged_by):
+    if is_oracle(judged_by):
+        judged_by += " " + oracle_fingerprint(judged_by)
+    elif judged_by != "heldout":
         judged_by = model_fingerprint(judged_by)
     trained = 0.2 if config.reward.hold == "head" else (TRAIN_PASSES + 1) * config.reward.epochs
     if config.needs_rewards:
@@ -270,14 +273,22 @@ def _check_output(config: RunConfig) -> None:
         raise ConfigError(f"output_dir {root} holds files that are not a run's; give a new or empty directory")
 
 
-def _check_models(config: RunConfig) -> None:
+def _check_models(config: RunConfig, job: Run) -> None:
     """Raises ConfigError for a judge or a ready reward model that is not there or is none."""
     if is_oracle(config.evaluate.judge):
         load_oracle(config.evaluate.judge)
     elif config.evaluate.judge != "heldout":
         check_classifier(config.evaluate.judge, trust_remote_code=config.trust_remote_code)
+        encoder_of(job, config.evaluate.judge)
     for name in config.reward.pretrained if config.needs_rewards else []:
         check_classifier(name, trust_remote_code=config.trust_remote_code)
+        encoder_of(job, name)  # its tokenizer must read what it will be asked
+    for name in config.reward.models if config.needs_rewards else []:
+        if reads_text_pairs(name, trust_remote_code=config.trust_remote_code):
+            raise ConfigError(
+                f"reward.models: {name!r} is an encoder, on which no member can be trained here; give a causal model, "
+                "or a ready encoder in reward.pretrained"
+            )
 
 
 def _data_fingerprint(config: RunConfig, job: Run) -> str:
@@ -287,7 +298,7 @@ def _data_fingerprint(config: RunConfig, job: Run) -> str:
 
 def _seconds_a_pass(job: Run, groups: Sequence[PromptGroup]) -> float | None:
     config = load_config(job.config.model, trust_remote_code=job.config.trust_remote_code)
-    return forward_seconds(config, sum(g.tree.tokens for g in groups), job.device)
+    return forward_seconds(config, sum(g.tree.tokens for g in groups), job.device, job.config.precision)
 
 
 def _minutes(seconds: float) -> str:

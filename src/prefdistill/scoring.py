@@ -191,6 +191,9 @@ def fill_columns(
         return 0
     model = _scorer(load())
     model.model.eval()
+    if isinstance(model, SequenceModel):
+        # It repeats the prompt for every response: the budget must count it as often.
+        missing = [Tree(t.prompt_ids, (r,)) for t in missing for r in t.responses]
     total = sum(t.tokens for t in missing)
     done = 0
     with progress(total, "tokens") as tick:

@@ -46,6 +46,7 @@ def main(argv: list[str]) -> int:
     names = "\n".join(f"  {name:<12} {e.does}" for name, e in EXPERIMENTS.items())
     parser = argparse.ArgumentParser(
         prog="prefdistill experiment",
+        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Trains every method, on pairs resampled so that a fraction rho prefers the longer response or as\n"
         "they are labelled, and evaluates on unbiased prompts:\n\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -18,6 +19,7 @@ from prefdistill.errors import ConfigError
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="prefdistill sweep",
+        allow_abbrev=False,
         description="Trains variants of each method, compares them on the validation prompts, and evaluates the best "
         "of each method on the test prompts. Every option of `prefdistill run` is an option here too; with "
         "--distill.checkpoints N the judge chooses among N checkpoints of every variant.",
@@ -37,9 +39,13 @@ def main(argv: list[str]) -> int:
     from prefdistill.experiments.sweep import check_space, grid, points_of, run_sweep
     from prefdistill.report.sweep import write_sweep
 
-    choices = dict(_grid(text) for text in options.grid)
-    ranges = dict(_range(text) for text in options.range)
-    check_space([*choices, *ranges])
+    axes = [_grid(text) for text in options.grid]
+    spans = [_range(text) for text in options.range]
+    names = [name for name, _ in [*axes, *spans]]
+    check_space(names)
+    if len(set(names)) < len(names):
+        raise ConfigError("an option stands in --grid or --range twice; give all its values at once")
+    choices, ranges = dict(axes), dict(spans)
     if options.points and (choices or ranges or options.trials):
         raise ConfigError("--points is a list of its own; give it without --grid, --range and --trials")
     if bool(ranges) != (options.trials is not None):
@@ -49,12 +55,12 @@ def main(argv: list[str]) -> int:
     config = parse("run", rest)
     search = None
     if options.points:
-        points = points_of(_listed(options.points), str(options.points))
+        points = points_of(_listed(options.points), str(options.points), config)
     elif options.trials:
-        points = corners(config.methods, ranges, choices)
-        search = optuna_search(config.methods, ranges, choices, trials=options.trials, seed=config.seed)
+        points = corners(config, ranges, choices)
+        search = optuna_search(config, ranges, choices, trials=options.trials)
     else:
-        points = grid(config.methods, choices)
+        points = grid(config, choices)
     quiet()
     table = run_sweep(config, points, search)
     root = Path(config.output_dir)
@@ -75,7 +81,9 @@ def _split(text: str, flag: str, example: str) -> tuple[str, str]:
 
 def _grid(text: str) -> tuple[str, Sequence[Any]]:
     name, values = _split(text, "--grid", "beta=0.05,0.1")
-    found = [_value(part) for part in values.split(",")]
+    found: list[Any] = [_value(part) for part in values.split(",")]
+    if name == "members":
+        found = [_members(part) for part in values.split(",")]
     if len(set(map(str, found))) < len(found):
         raise ConfigError(f"--grid {text!r} names a value twice")
     return name, found
@@ -88,8 +96,8 @@ def _range(text: str) -> tuple[str, tuple[float, float]]:
         ends = float(low), float(high)
     except ValueError as error:
         raise ConfigError(f"--range {text!r}: write it like --range beta=0.02:0.5") from error
-    if not colon or not ends[0] < ends[1]:
-        raise ConfigError(f"--range {text!r}: the low end must lie below the high one")
+    if not colon or not -math.inf < ends[0] < ends[1] < math.inf:
+        raise ConfigError(f"--range {text!r}: the low end must lie below the high one, both finite")
     return name, ends
 
 
@@ -101,6 +109,13 @@ def _value(text: str) -> Any:
         except ValueError:
             continue
     return text.strip()
+
+
+def _members(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split("+")]
+    except ValueError as error:
+        raise ConfigError(f"--grid members: {text!r} is no list such as 0+1") from error
 
 
 def _listed(path: Path) -> Any:

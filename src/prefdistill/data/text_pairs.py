@@ -34,7 +34,7 @@ class PairEncoder:
         max_tokens: what the model can read in all (None: no bound).
         max_prompt_tokens: longer prompts are cut from their left.
         max_response_tokens: what a response may need; the prompt is cut further to leave so much room, but never below
-            half of `max_tokens`. Responses longer than the room are cut at their right, and the first is warned of.
+            half of `max_tokens`. Responses longer than what is left are cut at their right, and the first is warned of.
 
     Raises:
         ConfigError: the tokenizer is a slow one.
@@ -53,11 +53,8 @@ class PairEncoder:
         if not first:
             raise ConfigError(f"the reward model's {type(tokenizer).__name__} reads no text pairs")
         self._lead, self._seam, self._tail = lead, seam, tail
-        self.prompt_room, self.response_room = max_prompt_tokens, UNBOUNDED
-        if max_tokens is not None:
-            room = max_tokens - len(lead) - len(seam) - len(tail)
-            self.prompt_room = min(max_prompt_tokens, max(room // 2, room - max_response_tokens))
-            self.response_room = room - self.prompt_room
+        self.room = (UNBOUNDED if max_tokens is None else max_tokens) - len(lead) - len(seam) - len(tail)
+        self.prompt_room = min(max_prompt_tokens, max(self.room // 2, self.room - max_response_tokens))
 
     def _parts(self, first: str, second: str) -> tuple[tuple[int, ...], ...]:
         """Leading specials, first text, specials between, second text, closing specials."""
@@ -71,23 +68,29 @@ class PairEncoder:
         return tuple(map(tuple, (ids[:begin], ids[begin:end], ids[end:start], ids[start:stop], ids[stop:])))
 
     def prompt_ids(self, prompt: str | Sequence[Mapping[str, str]]) -> PairPrompt:
+        return PairPrompt((*self._lead, *self._own(prompt), *self._seam))
+
+    def _own(self, prompt: str | Sequence[Mapping[str, str]]) -> tuple[int, ...]:
         text = prompt if isinstance(prompt, str) else "\n\n".join(m["content"] for m in prompt)
-        _, own, *_ = self._parts(text, "a")
-        return PairPrompt((*self._lead, *own[-self.prompt_room :], *self._seam))
+        return self._parts(text, "a")[1][-self.prompt_room :]
 
     def response_ids(self, prompt: Any, response: Any, *, finished: bool = True) -> tuple[int, ...]:
         """The response and what closes the pair; whether it was finished is nothing that an encoder is told."""
-        del prompt, finished
+        del finished
         own = self._parts("a", plain_text(response))[3]
-        if len(own) > self.response_room and not self._cut:
+        # Few responses come near the bound, and only for them the prompt is read again.
+        room = self.room - self.prompt_room
+        if len(own) > room:
+            room = self.room - len(self._own(prompt))
+        if len(own) > room and not self._cut:
             self._cut = True
             logger.warning(
                 "a response of %d tokens is longer than the %d that the reward model can read beside the prompt; it "
                 "and others like it are judged by their beginning",
                 len(own),
-                self.response_room,
+                room,
             )
-        return (*own[: self.response_room], *self._tail)
+        return (*own[:room], *self._tail)
 
     def without_response_bound(self) -> PairEncoder:
         """Itself: its bound is that of the model."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from prefdistill.errors import ConfigError
@@ -32,6 +35,14 @@ def load_oracle(name: str) -> Oracle:
             "folder or hub id of a reward model, or heldout"
         ) from error
     return found
+
+
+def oracle_fingerprint(name: str) -> str:
+    """A fingerprint of the file that an oracle's function is written in: edited, it judges anew."""
+    file = inspect.getsourcefile(inspect.unwrap(load_oracle(name)))
+    if file is None:
+        return ""
+    return hashlib.blake2b(Path(file).read_bytes(), digest_size=16).hexdigest()
 
 
 def describe(oracle: Oracle) -> str:

@@ -64,9 +64,21 @@ class Comparison:
         for name, given in (("--rhos", self.rhos), ("--methods", self.methods), ("--seeds", self.seeds)):
             if not given or len(set(given)) < len(given):
                 raise ConfigError(f"{name} must be one or more different values, got {', '.join(map(str, given))}")
+        for rho in self.ensemble:
+            if rho is not None and not 0 <= rho <= 1:
+                raise ConfigError(f"--rhos and --member-rhos hold {rho:g}; a fraction must lie in [0, 1]")
+        if self.config.evaluate.split != "test":
+            raise ConfigError(
+                f"evaluate.split is {self.config.evaluate.split!r}; an experiment evaluates on the test prompts, since "
+                "validation pairs are resampled as the training pairs are"
+            )
         if self.config.dataset.rho is not None:
             raise ConfigError("dataset.rho is what the experiment varies; give --rhos")
-        replace(self.config, methods=list(self.methods)).check()
+        self._run.check()
+
+    @property
+    def _run(self) -> RunConfig:
+        return replace(self.config, methods=list(self.methods))
 
 
 def run_comparison(job: Comparison) -> dict[str, Any]:
@@ -77,7 +89,7 @@ def run_comparison(job: Comparison) -> dict[str, Any]:
     job = replace(job, config=_with_start(job.config))
     for seed in job.seeds:
         # The reward models of all rho first: every run is pessimistic over all of them.
-        for rho in job.ensemble:
+        for rho in job.ensemble if job._run.needs_rewards else ():
             pipeline.run(_config(job, seed, rho, pairs, others=False), until="reward")
         for rho in job.rhos:
             pipeline.run(_config(job, seed, rho, pairs, others=True))
@@ -114,7 +126,7 @@ def _config(job: Comparison, seed: int, rho: Rho, pairs: int | None, *, others: 
         config.reward.pretrained = [
             str(run_folder(root, seed, other) / "reward" / "member-0") for other in job.ensemble if other != rho
         ]
-        own = {m: {"members": [0]} for m in OWN_REWARD if m in job.methods}
+        own = {m: {"members": [0]} for m in job.methods if config.distill.method_of(m) in OWN_REWARD}
         config.distill.per_method = {
             m: {**config.distill.per_method.get(m, {}), **own.get(m, {})} for m in [*config.distill.per_method, *own]
         }

@@ -5,31 +5,41 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from prefdistill.config import RunConfig
 from prefdistill.errors import ConfigError
-from prefdistill.experiments.sweep import Point, Searcher
+from prefdistill.experiments.sweep import Point, Searcher, grid
+from prefdistill.options import DistillOptions
 from prefdistill.training.methods import reads
 
 Range = tuple[float, float]
 
 
-def corners(methods: Sequence[str], ranges: Mapping[str, Range], choices: Mapping[str, Sequence[Any]]) -> list[Point]:
-    """The points at the upper ends, which no proposed point asks more of the run's other stages than."""
-    most = {**{name: high for name, (_, high) in ranges.items()}, **{name: max(v) for name, v in choices.items()}}
-    return [Point(m, {name: value for name, value in most.items() if reads(m, name)}) for m in methods]
+def corners(config: RunConfig, ranges: Mapping[str, Range], choices: Mapping[str, Sequence[Any]]) -> list[Point]:
+    """The points at the ends of all ranges with every choice: what is right for them is right for all between."""
+    ends = {name: [_whole(name, end) for end in ends] for name, ends in ranges.items()}
+    return grid(config, {**ends, **choices})
+
+
+def _is_whole(name: str) -> bool:
+    return isinstance(getattr(DistillOptions(), name), int)
+
+
+def _whole(name: str, value: float) -> float:
+    return int(value) if _is_whole(name) else value
 
 
 def optuna_search(
-    methods: Sequence[str],
+    config: RunConfig,
     ranges: Mapping[str, Range],
     choices: Mapping[str, Sequence[Any]],
     *,
     trials: int,
-    seed: int,
 ) -> Searcher:
     """Optuna's TPE sampler over ranges (on a logarithmic scale where both ends are positive) and choices.
 
-    Nothing is stored: the sampler is seeded, trials that are done are found done, so the same command proposes the same
-    points again and goes on after the last.
+    Nothing is stored: the sampler is seeded, and what is trained and sampled is found done, so the same command
+    proposes the same points again and goes on after the last. A judge that is a function is asked again, and must
+    answer alike.
 
     Raises:
         ConfigError: optuna is not installed.
@@ -44,21 +54,25 @@ def optuna_search(
         trial = study.ask()
         options: dict[str, Any] = {}
         for name, (low, high) in ranges.items():
-            if reads(method, name):
+            if not reads(config.distill.method_of(method), name):
+                continue
+            if _is_whole(name):
+                options[name] = trial.suggest_int(name, int(low), int(high), log=low > 0)
+            else:
                 # Three digits are enough, and give the point a name that can be read.
                 options[name] = float(f"{trial.suggest_float(name, low, high, log=low > 0):.3g}")
         for name, values in choices.items():
-            if reads(method, name):
-                options[name] = trial.suggest_categorical(name, list(values))
+            if reads(config.distill.method_of(method), name):
+                options[name] = values[trial.suggest_categorical(name, range(len(values)))]
         return trial, Point(method, options)
 
     def search(evaluate: Callable[[Sequence[Point]], list[float]]) -> list[Point]:
         studies = {
             method: optuna.create_study(
                 direction="maximize",
-                sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=min(10, max(3, trials // 3))),
+                sampler=optuna.samplers.TPESampler(seed=config.seed, n_startup_trials=min(10, max(3, trials // 3))),
             )
-            for method in methods
+            for method in config.methods
         }
         tried: list[Point] = []
         for _ in range(trials):

@@ -22,6 +22,7 @@ from prefdistill.options import DistillOptions
 from prefdistill.training.methods import method_named, reads
 
 VERSION = 1
+LONGEST_NAME = 100
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,15 @@ def _short(value: Any) -> str:
     return "+".join(map(_short, value)) if isinstance(value, list) else str(value)
 
 
-def grid(methods: Sequence[str], space: Mapping[str, Sequence[Any]]) -> list[Point]:
+def grid(config: RunConfig, space: Mapping[str, Sequence[Any]]) -> list[Point]:
     """Every combination for every method, without the options that a method does not read: each training once."""
     out: dict[str, Point] = {}
-    for method in methods:
-        axes = {name: values for name, values in space.items() if reads(method, name)}
+    for method in config.methods:
+        of = config.distill.method_of(method)
+        axes = {name: values for name, values in space.items() if reads(of, name)}
+        if method_named(of).hull and "pessimism" in axes:
+            # hull-dpo takes any other word for hull.
+            axes["pessimism"] = [v for v in axes["pessimism"] if str(v).startswith("hull")] or ["hull"]
         for combination in itertools.product(*axes.values()):
             point = Point(method, dict(zip(axes, combination, strict=True)))
             out.setdefault(point.name, point)
@@ -95,8 +100,12 @@ def run_sweep(config: RunConfig, points: Sequence[Point], search: Searcher | Non
         search: proposes points one after the other, given a function from points (one a method, trained in one run) to
             their validation advantages; returns all that it tried.
     """
+    for point in points:
+        if len(point.name) > LONGEST_NAME:
+            raise ConfigError(f"the point {point.name} has too long a name for a folder; vary fewer options at once")
     if not points:
         raise ConfigError("a sweep without points; give --grid, --points or --range with --trials")
+    root = Path(config.output_dir)
     samples = with_points(config, points, reference_samples=None, split="validation").reference_samples
     with_points(config, points, reference_samples=samples, split="test").check()
 
@@ -108,7 +117,6 @@ def run_sweep(config: RunConfig, points: Sequence[Point], search: Searcher | Non
     if search is not None:
         points = list({point.name: point for point in search(evaluate)}.values())
     evaluate(points)
-    root = Path(config.output_dir)
     best = chosen_of(points, _read(root / "validation" / "summary.json")["methods"])
     pipeline.run(with_points(config, best, reference_samples=samples, split="test"))
     return collect(root, points, best)
@@ -178,7 +186,7 @@ def _own_frontier(points: Sequence[Point], places: Sequence[tuple[float, float]]
     return dict(zip([p.name for p, _ in own], frontier([place for _, place in own]), strict=True))[point.name]
 
 
-def points_of(rows: Any, where: str) -> list[Point]:
+def points_of(rows: Any, where: str, config: RunConfig) -> list[Point]:
     """The points of a list of mappings, each with `method` and options.
 
     Raises:
@@ -192,8 +200,9 @@ def points_of(rows: Any, where: str) -> list[Point]:
             raise ConfigError(f"{where}, point {number}: {row!r} is no mapping with a method")
         options = {key: value for key, value in row.items() if key != "method"}
         check_space(options)
-        method_named(row["method"])
-        unread = [name for name in options if not reads(row["method"], name)]
+        of = config.distill.method_of(row["method"])
+        method_named(of)
+        unread = [name for name in options if not reads(of, name)]
         if unread:
             raise ConfigError(
                 f"{where}, point {number}: {row['method']} does not read {', '.join(unread)}; take it away"

@@ -147,10 +147,10 @@ def has_score_head(model: Any) -> bool:
 
 def reads_text_pairs(name: str, *, trust_remote_code: bool = False) -> bool:
     """Whether a reward model is an encoder, which reads prompt and response at once; no weights are read."""
-    if is_adapter(name) or name in (EMBEDDED_MODEL, EMBEDDED_POLICY):
+    if name in (EMBEDDED_MODEL, EMBEDDED_POLICY):
         return False
     config = load_config(name, trust_remote_code=trust_remote_code)
-    if not any(a.endswith("ForSequenceClassification") for a in config.architectures or []):
+    if not is_adapter(name) and not any(a.endswith("ForSequenceClassification") for a in config.architectures or []):
         return False  # the base of a reward model that is still to be trained
     with torch.device("meta"):
         made = transformers.AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust_remote_code)
@@ -170,6 +170,8 @@ def check_classifier(name: str, *, trust_remote_code: bool = False) -> None:
         )
     if config.num_labels != 1:
         raise ConfigError(f"the reward model {name!r} has {config.num_labels} labels; it must have exactly 1")
+    if config.model_type == "xlnet":
+        raise ConfigError(f"the reward model {name!r} is an XLNet, which reads from the right; it cannot be used here")
 
 
 def _check_head(model: Any, name: str) -> None:

@@ -83,19 +83,21 @@ def _rates(hidden: int, inner: int) -> dict[str, float]:
     return {name: 2 * MEASURED_ROWS * hidden * inner / seconds for name, seconds in best.items()}
 
 
-def forward_seconds(config: Any, tokens: int, device: torch.device) -> float | None:
+def forward_seconds(config: Any, tokens: int, device: torch.device, precision: str = "auto") -> float | None:
     """About how long one forward over so many tokens takes, from a matrix product that is timed here.
 
-    None where nothing is timed (not on a CPU) or the configuration does not tell the model's size.
+    In the precision asked for, or the faster one. None where nothing is timed (not on a CPU) or the configuration does
+    not tell the model's size as numbers.
     """
     text = config.get_text_config()
-    sizes = [getattr(text, name, None) or 0 for name in ("hidden_size", "num_hidden_layers", "vocab_size")]
-    if device.type != "cpu" or not all(sizes):
+    names = ("hidden_size", "num_hidden_layers", "vocab_size")
+    hidden, layers, vocabulary = (getattr(text, name, None) or 0 for name in names)
+    inner = getattr(text, "intermediate_size", None) or 4 * hidden
+    if device.type != "cpu" or not all(isinstance(n, int) and n > 0 for n in (hidden, layers, vocabulary, inner)):
         return None
-    hidden, layers, vocabulary = map(int, sizes)
-    inner = int(getattr(text, "intermediate_size", None) or 4 * hidden)
     weights = layers * (4 * hidden**2 + 3 * hidden * inner) + vocabulary * hidden
-    return 2 * weights * tokens / max(_rates(hidden, inner).values())
+    rates = _rates(hidden, inner)
+    return 2 * weights * tokens / rates.get(precision, max(rates.values()))
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:

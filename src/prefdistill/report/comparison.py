@@ -28,11 +28,7 @@ def main_picture(table: Mapping[str, Any]) -> str | None:
     curves = [
         (
             method,
-            [
-                (_place(table, r), (r["advantage"]["mean"], *r["advantage"]["ci95"]))
-                for r in table["rows"]
-                if r["method"] == method
-            ],
+            [(_place(table, r), (r["advantage"]["mean"], *r["advantage"]["ci95"])) for r in _by_place(table, method)],
         )
         for method in table["methods"]
     ]
@@ -48,6 +44,10 @@ def main_picture(table: Mapping[str, Any]) -> str | None:
 def _place(table: Mapping[str, Any], row: Mapping[str, Any]) -> float:
     """Where a row stands on the axis of rho: the pairs as labelled have a rate too."""
     return float(table["natural_rate"] if row["rho"] is None else row["rho"])
+
+
+def _by_place(table: Mapping[str, Any], method: str) -> list[Mapping[str, Any]]:
+    return sorted((r for r in table["rows"] if r["method"] == method), key=lambda r: _place(table, r))
 
 
 def setting(table: Mapping[str, Any]) -> str:
@@ -116,7 +116,7 @@ def write_comparison(table: Mapping[str, Any], *, name: str, version: str, comma
     def over_rho(figure: str, label: str) -> str | None:
         curves = []
         for method in table["methods"]:
-            rows = [r for r in table["rows"] if r["method"] == method]
+            rows = _by_place(table, method)
             curves.append((method, [_place(table, r) for r in rows], [r[figure] for r in rows]))
         return pictures.lines(curves, palette, ylabel=label, xlabel="ρ")
 

@@ -195,10 +195,7 @@ def train_member(
     folder.parent.mkdir(parents=True, exist_ok=True)
     encoder = encoder_of(run, base)
     if isinstance(encoder, PairEncoder):
-        raise ConfigError(
-            f"{base!r} is an encoder, on which no member can be trained here; give a causal model in reward.models, or "
-            "a ready encoder in reward.pretrained"
-        )
+        raise ConfigError(f"{base!r} is an encoder, on which no member can be trained here; give a causal model")
     tokenizer = copy.deepcopy(encoder.tokenizer)
     facts: dict[str, Any] = {"base": base, "hold": options.hold, "seed": seed, "pairs": int(weights.sum())}
     facts |= {"tokenizer": run.tokenizer_fingerprint} if encoder is run.encoder else {"end_ids": encoder.end_ids}
