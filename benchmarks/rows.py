@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from benchmarks import policy, reward, scoring
+from benchmarks import policy, reward, sampling, scoring
 from benchmarks.shapes import SIZES, Prompt, prompts_of
 from benchmarks.steps import Step
 
@@ -34,6 +34,7 @@ class Row:
         training: whether a step is forward and backward.
         head: whether logits over the vocabulary are needed.
         whole: whether a step is all prompts, not a batch of them.
+        fixed_prompts: how many prompts there are, where it is not two batches.
     """
 
     name: str
@@ -47,11 +48,12 @@ class Row:
     training: bool = True
     head: bool = True
     whole: bool = False
+    fixed_prompts: int | None = None
 
     def prompts(self, sizes: Sizes, batches: int = 2) -> list[Prompt]:
         return prompts_of(
             self.shape,
-            batches * sizes.batch_prompts,
+            self.fixed_prompts or batches * sizes.batch_prompts,
             size=sizes.model,
             prompt_tokens=sizes.prompt_tokens,
             response_tokens=sizes.response_tokens,
@@ -103,6 +105,24 @@ def _trl_scoring(batch_pairs: int) -> Callable[[list[Prompt], Sizes, str], Step]
     )
 
 
+def _our_sampling(prompts: list[Prompt], sizes: Sizes, precision: str) -> Step:
+    return sampling.ours(
+        prompts, size=sizes.model, precision=precision, samples=SAMPLES, max_new_tokens=sizes.response_tokens
+    )
+
+
+def _generate(batch_rows: int) -> Callable[[list[Prompt], Sizes, str], Step]:
+    return lambda prompts, sizes, precision: sampling.generate(
+        prompts,
+        size=sizes.model,
+        precision=precision,
+        samples=SAMPLES,
+        max_new_tokens=sizes.response_tokens,
+        batch_rows=batch_rows,
+    )
+
+
+SAMPLES = 2
 _TRL_REWARD = {"trl": _trl_reward(False), "trl, checkpointing": _trl_reward(True)}
 # Its batch size for this pass is its user's to choose: the best of three counts.
 _TRL_SCORING = {f"trl, {n} pairs": _trl_scoring(n) for n in (1, 4, 8)}
@@ -154,6 +174,17 @@ ROWS = (
         {"ours": _our_scoring, **_TRL_SCORING},
         training=False,
         whole=True,
+    ),
+    Row(
+        "sampling 200 responses",
+        "two samples for each of 100 prompts",
+        "transformers.generate",
+        2.0,
+        "unique",
+        {"ours": _our_sampling, **{f"generate, {n} rows": _generate(n) for n in (16, 64)}},
+        training=False,
+        whole=True,
+        fixed_prompts=100,
     ),
     Row(
         "e-DPO step, K = 5",
