@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from prefdistill import pipeline
 from prefdistill.data.table import read_groups
-from prefdistill.errors import DataError
+from prefdistill.errors import ConfigError, DataError
 from prefdistill.evaluation import sampling
 from prefdistill.models.backbone import backbone_of
 from prefdistill.models.loading import add_lora, load_policy
@@ -245,3 +247,22 @@ def test_every_training_goes_on_from_its_checkpoint(until, options, data, model_
     assert weights
     for path in weights:
         assert (tmp_path / "whole" / path).read_bytes() == (tmp_path / "stopped" / path).read_bytes(), path
+
+
+def test_two_runs_into_one_directory(data, model_folder, tmp_path):  # noqa: F811
+    """The second is told who holds it and touches nothing; a holder that was killed holds nothing."""
+    out = tmp_path / "run"
+    code = (
+        "import sys, time; from pathlib import Path; from prefdistill.lock import held\n"
+        "with held(Path(sys.argv[1])):\n    print('holding', flush=True); time.sleep(60)\n"
+    )
+    config = small(data, model_folder, out, methods="[dpo]")
+    with subprocess.Popen([sys.executable, "-c", code, str(out)], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "holding\n"
+        with pytest.raises(ConfigError, match=rf"is in use by process {holder.pid} on .* since .*another output_dir"):
+            pipeline.run(config, until="data")
+        assert not (out / "config.yaml").exists()
+        holder.kill()
+    pipeline.run(config, until="data")
+    assert (out / "data" / "prompts.parquet").exists()
+    assert not (out / ".holder.json").exists()

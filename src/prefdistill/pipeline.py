@@ -13,6 +13,7 @@ from prefdistill.config import RunConfig
 from prefdistill.data.table import TABLE_FORMAT, PromptGroup, in_split
 from prefdistill.errors import ConfigError
 from prefdistill.evaluation.judges import is_oracle, load_oracle, oracle_fingerprint
+from prefdistill.lock import HOLDER, LOCK, held
 from prefdistill.manifest import Manifest, StageRecord, file_fingerprint, fingerprint_of
 from prefdistill.models.loading import check_classifier, load_config, reads_text_pairs
 from prefdistill.models.precision import forward_seconds
@@ -66,10 +67,18 @@ def run(config: RunConfig, *, until: str | None = None) -> Path:
     pairs, bad = prepare.read_pairs(job)
     source = _data_fingerprint(config, job)
     groups, dropped = prepare.encode_pairs(job, pairs, bad)
+    with held(job.root):
+        return _run(job, until, lambda: prepare.make_data(job, groups, dropped, bad), source, groups)
+
+
+def _run(
+    job: Run, until: str | None, make_data: Callable[[], Outcome], source: str, groups: Sequence[PromptGroup]
+) -> Path:
+    """What is missing of the stages, by a process that holds the directory."""
     manifest = Manifest(job.root)
-    stages = plan(job, manifest, lambda: prepare.make_data(job, groups, dropped, bad), source)
+    stages = plan(job, manifest, make_data, source)
     stages = _up_to(stages, until, job)
-    config.write(job.root / "config.yaml")
+    job.config.write(job.root / "config.yaml")
     prints: dict[str, str] = {}
     todo = []
     for stage in stages:
@@ -269,7 +278,8 @@ def _check_output(config: RunConfig) -> None:
     root = Path(config.output_dir)
     if root.exists() and not root.is_dir():
         raise ConfigError(f"output_dir {root} is a file; give a directory")
-    if root.is_dir() and any(root.iterdir()) and not (root / "config.yaml").exists():
+    ours = {LOCK, HOLDER}
+    if root.is_dir() and any(p.name not in ours for p in root.iterdir()) and not (root / "config.yaml").exists():
         raise ConfigError(f"output_dir {root} holds files that are not a run's; give a new or empty directory")
 
 
