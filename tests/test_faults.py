@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -266,3 +267,26 @@ def test_two_runs_into_one_directory(data, model_folder, tmp_path):  # noqa: F81
     pipeline.run(config, until="data")
     assert (out / "data" / "prompts.parquet").exists()
     assert not (out / ".holder.json").exists()
+
+
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_run_that_is_told_to_stop(sent, status, data, model_folder, tmp_path):  # noqa: F811
+    """A clean line and exit status, and the same command goes on to the end."""
+    out = tmp_path / "run"
+    config = small(data, model_folder, out, methods="[dpo]", **{"distill.epochs": 2000})
+    (tmp_path / "c.yaml").write_text(config.as_yaml())
+    command = [sys.executable, "-m", "prefdistill", "distill", str(tmp_path / "c.yaml")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as run:
+        for line in run.stderr:
+            if "distill:dpo" in line:
+                break
+        run.send_signal(sent)
+        said = run.stderr.read()
+        assert run.wait(timeout=120) == status
+    assert said.splitlines()[-1].endswith("the same command goes on")
+    assert "Traceback" not in said
+    assert not (out / ".holder.json").exists()
+    assert not (out / "policy").exists()
+    config.distill.epochs = 1
+    pipeline.run(config, until="distill")
+    assert (out / "policy" / "dpo" / "config.json").exists()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
@@ -47,7 +51,7 @@ stopped goes on where it was.
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, 2 an option or the data cannot be used, 130 interrupted."""
+    """Exit status: 0 done, 2 an option or the data cannot be used, 130 interrupted, 143 terminated."""
     argv = list(sys.argv[1:] if argv is None else argv)
     all_commands = {**COMMANDS, **{name: does for name, (does, _) in OTHERS.items()}}
     commands = "\n".join(f"  {name:<10} {does}" for name, does in all_commands.items())
@@ -62,7 +66,29 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] not in all_commands:
         print(f"prefdistill: unknown command {argv[0]!r}; use one of {', '.join(all_commands)}", file=sys.stderr)
         return 2
-    return _command(argv[0], argv[1:])
+    with _terminable():
+        return _command(argv[0], argv[1:])
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: what a scheduler sends before it takes the machine away."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does: files whole, locks free, a line that says how to go on."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals belong to whoever runs us in a thread
+        return
+
+    def terminate(number: int, frame: Any) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _command(command: str, argv: list[str]) -> int:
@@ -85,9 +111,10 @@ def _command(command: str, argv: list[str]) -> int:
     except PrefdistillError as error:
         print(f"prefdistill: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("prefdistill: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        told = isinstance(stop, Terminated)
+        print(f"prefdistill: {'terminated' if told else 'interrupted'}; the same command goes on", file=sys.stderr)
+        return 143 if told else 130
     if command in ("run", "evaluate", "report"):
         _print_summary(config)
     return 0
