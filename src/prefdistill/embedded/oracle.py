@@ -114,7 +114,9 @@ def parts(response: str, human: str) -> Parts:
 
 
 def score_rows(rows: Sequence[Mapping[str, object]], responses: Sequence[str]) -> list[float]:
-    """Return the score of each response against the human line in the row of the same position, row["human"].
+    """An oracle, likeness to the line that a person wrote, from 0 to 10.
+
+    The line is row["human"] in the row of the same position.
 
     Raises DataError where the numbers of rows and responses differ or a row has no human line.
     """

@@ -58,8 +58,9 @@ def setting(table: Mapping[str, Any]) -> str:
         if resampled
         else ""
     )
+    judge = table["judge"][0].lower() + table["judge"][1:]
     return (
-        f"Judged on {table['prompts']} unbiased test prompts by {table['judge']}. As labelled, "
+        f"Judged on {table['prompts']} unbiased test prompts by {judge}. As labelled, "
         f"{percent(table['natural_rate'])} of the training pairs prefer the longer response.{pairs} Reward models of ρ "
         f"{', '.join(rho_name(rho) for rho in table['member_rhos'])}."
     )

@@ -181,6 +181,7 @@ def curves_with_intervals(
         return None
     places = sorted({x for _, points in kept for x, _ in points})
     gap = min((b - a for a, b in itertools.pairwise(places)), default=1.0)
+    width = min(0.6 * gap, 0.2 * (places[-1] - places[0]) or 1.0)
     figure, axes = new_figure(4.2)
     axes.axhline(0.0, color=INK, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
     if mark is not None and is_number(mark[0]):
@@ -190,7 +191,7 @@ def curves_with_intervals(
             textcoords="offset points", color=FAINT, fontsize=9,
         )  # fmt: skip
     for i, (name, points) in enumerate(kept):
-        shift = 0.6 * gap * ((i + 0.5) / len(kept) - 0.5)
+        shift = width * ((i + 0.5) / len(kept) - 0.5)
         arms = [error_bar(p) or ([0.0], [0.0]) for _, p in points]
         axes.errorbar(
             [x + shift for x, _ in points],
