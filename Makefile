@@ -57,7 +57,7 @@ format: setup-dev ## rewrite the sources in ruff's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-benchmark: setup-dev ## speed against TRL in one run; results in benchmarks/results.json, takes minutes
+benchmark: setup-dev ## speed against TRL in one run; table in benchmarks/RESULTS.md; takes minutes
 	$(BIN)/python -m benchmarks
 
 embedded: setup ## make the embedded pairs and adapter again

@@ -14,6 +14,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.table import markdown, picture, reached
+from prefdistill.report.canvas import svg_of
+
 FOLDER = Path(__file__).parent
 
 
@@ -56,6 +59,10 @@ def main() -> int:
     results = {"rows": found, "machine": _machine(), "versions": _versions(), "sizes": vars(sizes)}
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    (options.output / "RESULTS.md").write_text(markdown(results, picture="results.svg"), encoding="utf-8")
+    drawn = picture(found)
+    if drawn is not None:
+        (options.output / "results.svg").write_text(svg_of(drawn), encoding="utf-8")
     return 0
 
 
@@ -124,12 +131,11 @@ def _rate(model: str) -> float:
 
 
 def _line(row: dict[str, Any]) -> str:
-    reached = row["ratio"] <= row["target"] if row["at_most"] else row["ratio"] >= row["target"]
     memory = f", memory {row['memory']['ratio']:.2f}x less" if row["memory"] else ""
     return (
         f"{row['name']}: ours {row['ours']:.2f} s ({row['precision']['ours']}), {row['peer_is']} {row['peer']:.2f} s "
         f"({row['precision']['peer']}): {row['ratio']:.2f}x, target {'at most ' if row['at_most'] else ''}"
-        f"{row['target']:g} {'reached' if reached else 'MISSED'}{memory}; utilisation {row['utilisation']:.0%}"
+        f"{row['target']:g} {'reached' if reached(row) else 'MISSED'}{memory}; utilisation {row['utilisation']:.0%}"
     )
 
 

@@ -59,6 +59,9 @@ def test_the_command_writes_its_results(tmp_path):
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "policy step, unique prompts" in done.stdout
+    page = (tmp_path / "RESULTS.md").read_text(encoding="utf-8")
+    assert "| policy step, unique prompts | TRL DPOTrainer" in page
+    assert (tmp_path / "results.svg").read_text(encoding="utf-8").count("<svg") == 1
     written = json.loads((tmp_path / "results.json").read_text())
     row = written["rows"][0]
     assert row["ratio"] == pytest.approx(row["peer"] / row["ours"])

@@ -1,0 +1,73 @@
+"""The last results as a page and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from prefdistill.report.canvas import FAINT, INK, drawn, label_of, new_figure
+
+
+def reached(row: Mapping[str, Any]) -> bool:
+    return bool(row["ratio"] <= row["target"] if row["at_most"] else row["ratio"] >= row["target"])
+
+
+def markdown(results: Mapping[str, Any], *, picture: str) -> str:
+    """RESULTS.md: a row a comparison, with what it was measured on."""
+
+    def line(*cells: str) -> str:
+        return "| " + " | ".join(cells) + " |"
+
+    head = ["work", "peer", "ours, s", "peer, s", "ratio", "target", "memory, GB", "utilisation"]
+    sizes, machine = results["sizes"], results["machine"]
+    out = [
+        "# Speed against the peer",
+        "",
+        f"Made by `make benchmark`: a Llama of the shape {sizes['model']}, prompts of {sizes['prompt_tokens']} tokens, "
+        f"responses of {sizes['response_tokens']}, {sizes['batch_prompts']} prompts a step; {machine['cpu']}, "
+        f"{machine['threads']} threads{', ' + machine['gpu'] if machine['gpu'] else ''}; "
+        + ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+        + ". Medians of steps that the sides took in turn, each in the faster of float32 and bfloat16. Utilisation: "
+        "model FLOPs of the tokens that must be computed once, over the machine's own matrix product.",
+        "",
+        f"![ratio by row]({picture})",
+        "",
+        line(*head),
+        line(*["---"] * len(head)),
+    ]
+    for row in results["rows"]:
+        memory = row["memory"]
+        out.append(
+            line(
+                row["name"],
+                f"{row['peer_is']}, {row['precision']['peer']}",
+                f"{row['ours']:.2f} ({row['precision']['ours']})",
+                f"{row['peer']:.2f}",
+                f"{row['ratio']:.2f}x",
+                ("at most " if row["at_most"] else "") + f"{row['target']:g}x" + ("" if reached(row) else ", missed"),
+                f"{memory['ours']:.1f} / {memory['peer']:.1f}" if memory else "",
+                f"{row['utilisation']:.0%}",
+            )
+        )
+    return "\n".join(out) + "\n"
+
+
+@drawn
+def picture(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """How many times faster, a bar a row, with the target as a line across it."""
+    kept = [row for row in rows if not row["at_most"]]
+    if not kept:
+        return None
+    figure, axes = new_figure(0.9 + 0.45 * len(kept), width=6.4)
+    for place, row in enumerate(kept):
+        axes.barh([place], [row["ratio"]], height=0.55, color="#009e73" if reached(row) else "#d55e00", zorder=2)
+        axes.plot([row["target"]] * 2, [place - 0.38, place + 0.38], color=INK, linewidth=2, zorder=3)
+    axes.axvline(1.0, color=FAINT, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
+    axes.set_yticks(range(len(kept)), [label_of(row["name"], 40) for row in kept])
+    axes.set_ylim(len(kept) - 0.5, -0.5)
+    axes.set_xlim(left=0)
+    axes.grid(False, axis="y")
+    axes.set_xlabel("times faster than the peer; the black line is the target")
+    return figure
