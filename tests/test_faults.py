@@ -276,7 +276,9 @@ def test_a_run_that_is_told_to_stop(sent, status, data, model_folder, tmp_path):
     config = small(data, model_folder, out, methods="[dpo]", **{"distill.epochs": 2000})
     (tmp_path / "c.yaml").write_text(config.as_yaml())
     command = [sys.executable, "-m", "prefdistill", "distill", str(tmp_path / "c.yaml")]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as run:
+    # A shell has its background jobs ignore SIGINT, and children inherit that: the tests may run in one.
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heard) as run:
         for line in run.stderr:
             if "distill:dpo" in line:
                 break
