@@ -52,12 +52,9 @@ def _by_place(table: Mapping[str, Any], method: str) -> list[Mapping[str, Any]]:
 
 def setting(table: Mapping[str, Any]) -> str:
     """What was trained and judged, in a sentence."""
-    resampled = [rho for rho in table["rhos"] if rho is not None]
-    pairs = (
-        f" Every D_ρ has {table['pairs']} pairs, a fraction ρ of which prefers the longer response."
-        if resampled
-        else ""
-    )
+    pairs = ""
+    if table["pairs"] is not None:
+        pairs = f" Every D_ρ has {table['pairs']} pairs, a fraction ρ of which prefers the longer response."
     judge = table["judge"][0].lower() + table["judge"][1:]
     return (
         f"Judged on {table['prompts']} unbiased test prompts by {judge}. As labelled, "
