@@ -187,17 +187,15 @@ def quiet() -> None:
 
 
 def _print_summary(config: Any) -> None:
-    import json
-
     from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
 
+    from prefdistill.atomic import read_json
     from prefdistill.stages.run import Run
 
     run = Run(config)
-    path = run.evaluation_path / "summary.json"
-    summary = json.loads(path.read_text(encoding="utf-8"))
+    summary = read_json(run.evaluation_path / "summary.json")
     table = Table(
         title=f"{summary['prompts']} {summary['split']} prompts, judge: {summary['judge']['name']}", box=SIMPLE
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,15 @@ class RunConfig:
     @property
     def primary(self) -> str:
         """The method that the verdict is about: the first e-dpo that was trained, else the last one."""
-        return next((m for m in self.methods if self.distill.method_of(m) == "e-dpo"), self.methods[-1])
+        return self._first("e-dpo") or self.methods[-1]
+
+    @property
+    def baseline(self) -> str | None:
+        """The method that the primary one is held against: the first dpo that was trained."""
+        return self._first("dpo")
+
+    def _first(self, method: str) -> str | None:
+        return next((name for name in self.methods if self.distill.method_of(name) == method), None)
 
     # -- checks ----------------------------------------------------------------------------------------------------
 
@@ -203,12 +212,14 @@ class RunConfig:
                 raise ConfigError(f"distill.members names {k}; there are {total} members, numbered from 0")
         if self.distill.members == []:
             raise ConfigError("distill.members is empty; name at least one member, or null for all")
-        known = {f.name for f in fields(DistillOptions)} - {"per_method"}
+        known = {f.name: str(f.type) for f in fields(DistillOptions) if f.name != "per_method"}
         for method, own in self.distill.per_method.items():
             for name in own.keys() - {"method"}:
                 if name not in known:
                     raise ConfigError(f"distill.per_method.{method} has an unknown option {name!r}")
-                _check_type(f"distill.per_method.{method}.{name}", own[name], getattr(DistillOptions(), name))
+                _check_type(
+                    f"distill.per_method.{method}.{name}", own[name], known[name], getattr(DistillOptions(), name)
+                )
         named = {f.name for f in fields(transformers.TrainingArguments)}
         for name in self.distill.training_arguments:
             if name not in named:
@@ -256,22 +267,30 @@ def _check_variant(name: str, own: dict[str, Any]) -> None:
     method_named(own["method"])
 
 
-def _check_type(name: str, value: Any, usual: Any) -> None:
-    """Raises ConfigError for a text where a number belongs, and the like; options that may be null take numbers."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if name.endswith(".members"):
-        wrong = value is not None and not (isinstance(value, list) and all(type(k) is int for k in value))
-        if wrong:
-            raise ConfigError(f"{name} is {value!r}; it must be a list of whole numbers such as [0, 1], or null")
-        return
-    wrong = {
-        str: not isinstance(value, str),
-        int: not isinstance(value, int) or isinstance(value, bool),
-        float: not number,
-        dict: not isinstance(value, dict),
-    }.get(type(usual), value is not None and not number)
-    if wrong:
-        raise ConfigError(f"{name} is {value!r}; it must be like {'a number' if usual is None else repr(usual)}")
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_whole(value) or isinstance(value, float)
+
+
+# What the types of DistillOptions let in.
+_FITS: dict[str, Callable[[Any], bool]] = {
+    "str": lambda v: isinstance(v, str),
+    "int": _is_whole,
+    "float": _is_number,
+    "float | None": lambda v: v is None or _is_number(v),
+    "list[int] | None": lambda v: v is None or (isinstance(v, list) and all(map(_is_whole, v))),
+    "dict[str, Any]": lambda v: isinstance(v, dict),
+}
+_LIKE = {"float | None": "like a number", "list[int] | None": "a list of whole numbers such as [0, 1], or null"}
+
+
+def _check_type(name: str, value: Any, kind: str, usual: Any) -> None:
+    """Raises ConfigError for a text where a number belongs, and the like."""
+    if not _FITS[kind](value):
+        raise ConfigError(f"{name} is {value!r}; it must be {_LIKE.get(kind, f'like {usual!r}')}")
 
 
 __all__ = ["EMBEDDED_DATA", "EMBEDDED_MODEL", "RunConfig"]

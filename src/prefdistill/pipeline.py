@@ -63,7 +63,7 @@ def run(config: RunConfig, *, until: str | None = None) -> Path:
     _check_output(config)
     job = Run(config)
     # Bad data or a model that is not there must stop the run before its directory exists.
-    _check_models(config, job)
+    _check_models(job)
     pairs, bad = prepare.read_pairs(job)
     source = _data_fingerprint(config, job)
     groups, dropped = prepare.encode_pairs(job, pairs, bad)
@@ -228,13 +228,13 @@ def plan(job: Run, manifest: Manifest, make_data: Callable[[], Outcome], source:
 
 def _distillation(job: Run, method: str, common: dict[str, Any], judged_by: str) -> Stage:
     config = job.config
-    own, e = config.distill.of(method), config.evaluate
+    own = config.distill.of(method)
     hangs_on: list[Any] = [config.distill.method_of(method), asdict(own), common]
     after: tuple[str, ...] = ("reference", "score") if config.row(method).needs_rewards else ("reference",)
     cost, does = TRAIN_PASSES * own.epochs, f"training the policy with {method}"
     if own.checkpoints > 1:
         does += f", the best of {own.checkpoints} checkpoints on validation prompts"
-        hangs_on += [e.samples, e.max_new_tokens, e.temperature, e.top_p, judged_by]
+        hangs_on += [*_sampling(config), judged_by]
         after += ("judge",)
         cost += 0.5 * SAMPLE_PASSES * own.checkpoints
     return Stage(
@@ -247,12 +247,17 @@ def _distillation(job: Run, method: str, common: dict[str, Any], judged_by: str)
     )
 
 
+def _sampling(config: RunConfig) -> list[Any]:
+    """What samples hang on besides the policy and the prompts."""
+    e = config.evaluate
+    return [e.samples, e.max_new_tokens, e.temperature, e.top_p]
+
+
 def _drawing(job: Run, method: str, common: dict[str, Any]) -> Stage:
-    e = job.config.evaluate
     return Stage(
         f"{job.evaluates}:{method}",
         f"sampling from {method} on held-out prompts",
-        [e.split, e.samples, e.max_new_tokens, e.temperature, e.top_p, common],
+        [job.config.evaluate.split, *_sampling(job.config), common],
         ("data", "reference" if method == "reference" else f"distill:{method}"),
         SAMPLE_PASSES * (2 if method == "reference" else 1) * 0.5,
         lambda fingerprint: draw.draw(job, method, fingerprint),
@@ -283,8 +288,9 @@ def _check_output(config: RunConfig) -> None:
         raise ConfigError(f"output_dir {root} holds files that are not a run's; give a new or empty directory")
 
 
-def _check_models(config: RunConfig, job: Run) -> None:
+def _check_models(job: Run) -> None:
     """Raises ConfigError for a judge or a ready reward model that is not there or is none."""
+    config = job.config
     if is_oracle(config.evaluate.judge):
         load_oracle(config.evaluate.judge)
     elif config.evaluate.judge != "heldout":

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prefdistill.atomic import write_json, write_text
 from prefdistill.errors import ConfigError
 
-Rho = float | None
+if TYPE_CHECKING:
+    from prefdistill.experiments.comparison import Rho
+
 AS_LABELLED = "as-labelled"
 
 

@@ -326,6 +326,11 @@ def plain_text(text: Text) -> str:
     return text if isinstance(text, str) else "\n".join(str(m["content"]) for m in text)
 
 
+def prompt_text(prompt: Text) -> str:
+    """What a person reads of a prompt: the text itself, or the messages' contents, one below the other."""
+    return prompt if isinstance(prompt, str) else "\n\n".join(m["content"] for m in prompt)
+
+
 def response_lengths(group: PromptGroup) -> np.ndarray:
     """Tokens of each response, end token included."""
     return np.array([len(r.ids) for r in group.responses])

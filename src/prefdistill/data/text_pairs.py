@@ -7,16 +7,14 @@ still stands in a tree's prompt, so that columns, keys and batches are the same 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prefdistill.data.table import plain_text
+from prefdistill.data.formats import Text
+from prefdistill.data.table import plain_text, prompt_text
 from prefdistill.errors import ConfigError
 
 logger = logging.getLogger(__name__)
-
-UNBOUNDED = 1_000_000  # what tokenizers without a bound report is far above
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class PairEncoder:
 
     Args:
         tokenizer: a fast one, which knows which token came from which text.
-        max_tokens: what the model can read in all (None: no bound).
+        max_tokens: what the model can read in all.
         max_prompt_tokens: longer prompts are cut from their left.
         max_response_tokens: what a response may need; the prompt is cut further to leave so much room, but never below
             half of `max_tokens`. Responses longer than what is left are cut at their right, and the first is warned of.
@@ -40,9 +38,7 @@ class PairEncoder:
         ConfigError: the tokenizer is a slow one.
     """
 
-    def __init__(
-        self, tokenizer: Any, *, max_tokens: int | None, max_prompt_tokens: int, max_response_tokens: int
-    ) -> None:
+    def __init__(self, tokenizer: Any, *, max_tokens: int, max_prompt_tokens: int, max_response_tokens: int) -> None:
         if not tokenizer.is_fast:
             raise ConfigError(
                 f"the reward model's {type(tokenizer).__name__} has no fast version, which an encoder needs here"
@@ -53,7 +49,7 @@ class PairEncoder:
         if not first:
             raise ConfigError(f"the reward model's {type(tokenizer).__name__} reads no text pairs")
         self._lead, self._seam, self._tail = lead, seam, tail
-        self.room = (UNBOUNDED if max_tokens is None else max_tokens) - len(lead) - len(seam) - len(tail)
+        self.room = max_tokens - len(lead) - len(seam) - len(tail)
         self.prompt_room = min(max_prompt_tokens, max(self.room // 2, self.room - max_response_tokens))
 
     def _parts(self, first: str, second: str) -> tuple[tuple[int, ...], ...]:
@@ -67,12 +63,11 @@ class PairEncoder:
         start, stop = places[1][0], places[1][-1] + 1
         return tuple(map(tuple, (ids[:begin], ids[begin:end], ids[end:start], ids[start:stop], ids[stop:])))
 
-    def prompt_ids(self, prompt: str | Sequence[Mapping[str, str]]) -> PairPrompt:
+    def prompt_ids(self, prompt: Text) -> PairPrompt:
         return PairPrompt((*self._lead, *self._own(prompt), *self._seam))
 
-    def _own(self, prompt: str | Sequence[Mapping[str, str]]) -> tuple[int, ...]:
-        text = prompt if isinstance(prompt, str) else "\n\n".join(m["content"] for m in prompt)
-        return self._parts(text, "a")[1][-self.prompt_room :]
+    def _own(self, prompt: Text) -> tuple[int, ...]:
+        return self._parts(prompt_text(prompt), "a")[1][-self.prompt_room :]
 
     def response_ids(self, prompt: Any, response: Any, *, finished: bool = True) -> tuple[int, ...]:
         """The response and what closes the pair; whether it was finished is nothing that an encoder is told."""

@@ -12,7 +12,6 @@ every rho that holds it.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from prefdistill import pipeline
+from prefdistill.atomic import read_json
 from prefdistill.config import RunConfig
 from prefdistill.data.bias import common_size, longer_chosen
 from prefdistill.data.table import in_split
@@ -31,7 +31,6 @@ from prefdistill.stages.run import Run
 
 VERSION = 1
 METHODS = ("dpo", "ipo", "p-dpo", "d-dpo", "dp-dpo", "e-dpo", "hull-dpo")
-RHOS = (0.2, 0.4, 0.5, 0.6, 0.8)
 Rho = float | None  # None: the pairs as they are labelled
 OWN_REWARD = ("d-dpo", "dp-dpo")  # distil the reward model of their own D_rho only
 BASELINE = "dpo"
@@ -47,7 +46,7 @@ class Comparison:
     """
 
     config: RunConfig
-    rhos: tuple[Rho, ...] = RHOS
+    rhos: tuple[Rho, ...]
     methods: tuple[str, ...] = METHODS
     seeds: tuple[int, ...] = (0,)
     member_rhos: tuple[Rho, ...] | None = None
@@ -74,10 +73,11 @@ class Comparison:
             )
         if self.config.dataset.rho is not None:
             raise ConfigError("dataset.rho is what the experiment varies; give --rhos")
-        self._run.check()
+        self.run_config.check()
 
     @property
-    def _run(self) -> RunConfig:
+    def run_config(self) -> RunConfig:
+        """With the methods put in."""
         return replace(self.config, methods=list(self.methods))
 
 
@@ -89,7 +89,7 @@ def run_comparison(job: Comparison) -> dict[str, Any]:
     job = replace(job, config=_with_start(job.config))
     for seed in job.seeds:
         # The reward models of all rho first: every run is pessimistic over all of them.
-        for rho in job.ensemble if job._run.needs_rewards else ():
+        for rho in job.ensemble if job.run_config.needs_rewards else ():
             pipeline.run(_config(job, seed, rho, pairs, others=False), until="reward")
         for rho in job.rhos:
             pipeline.run(_config(job, seed, rho, pairs, others=True))
@@ -158,10 +158,10 @@ def collect(root: Path, job: Comparison, *, natural_rate: float, pairs: int | No
         summaries, scores = [], []
         for seed in job.seeds:
             folder = run_folder(root, seed, rho) / "evaluation"
-            summary = _read(folder / "summary.json")
+            summary = read_json(folder / "summary.json")
             summaries.append(summary["methods"])
             judge = summary["judge"]["description"]
-            found = _read(folder / "scores.json")
+            found = read_json(folder / "scores.json")
             scores.append({m: np.array(s) for m, s in found.items()})
         mean = {m: np.mean([s[m].mean(1) for s in scores], axis=0) for m in ("reference", *job.methods)}
         prompts = np.arange(len(mean["reference"]))
@@ -238,7 +238,7 @@ def _members(root: Path, job: Comparison) -> list[dict[str, Any]]:
     # A run's own member comes first, then those of the other rho: see `_config`.
     order = [first, *(rho for rho in job.ensemble if rho != first)]
     for seed in job.seeds:
-        figures = _read(run_folder(root, seed, first) / "evaluation" / "ensemble.json").get("members", [])
+        figures = read_json(run_folder(root, seed, first) / "evaluation" / "ensemble.json").get("members", [])
         for rho, of_member in zip(order, figures, strict=False):
             found[rho].append(of_member)
     rows: list[dict[str, Any]] = []
@@ -247,7 +247,3 @@ def _members(root: Path, job: Comparison) -> list[dict[str, Any]]:
         if seeds:
             rows.append({"rho": rho, **{n: float(np.mean(values)) for n, values in known.items()}})
     return rows
-
-
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))

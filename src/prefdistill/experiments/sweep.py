@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from prefdistill import pipeline
+from prefdistill.atomic import read_json
 from prefdistill.config import RunConfig
 from prefdistill.errors import ConfigError
 from prefdistill.options import DistillOptions
@@ -111,13 +111,13 @@ def run_sweep(config: RunConfig, points: Sequence[Point], search: Searcher | Non
 
     def evaluate(tried: Sequence[Point]) -> list[float]:
         run = with_points(config, tried, reference_samples=samples, split="validation")
-        methods = _read(pipeline.run(run) / "validation" / "summary.json")["methods"]
+        methods = read_json(pipeline.run(run) / "validation" / "summary.json")["methods"]
         return [methods[point.name]["advantage"]["mean"] for point in tried]
 
     if search is not None:
         points = list({point.name: point for point in search(evaluate)}.values())
     evaluate(points)
-    best = chosen_of(points, _read(root / "validation" / "summary.json")["methods"])
+    best = chosen_of(points, read_json(root / "validation" / "summary.json")["methods"])
     pipeline.run(with_points(config, best, reference_samples=samples, split="test"))
     return collect(root, points, best)
 
@@ -149,10 +149,13 @@ _FIGURES = ("advantage", "win_rate", "kl_policy_ref", "length_mean", "chosen_log
 
 def collect(root: Path, points: Sequence[Point], best: Sequence[Point]) -> dict[str, Any]:
     """The sweep's figures, as plain JSON values: a row a point on validation prompts, and the chosen ones' test."""
-    validation, test = (_read(root / name / "summary.json") for name in ("validation", "evaluation"))
+    validation, test = (read_json(root / name / "summary.json") for name in ("validation", "evaluation"))
     figures = [validation["methods"][point.name] for point in points]
-    places = [(f["kl_policy_ref"]["mean"], f["advantage"]["mean"]) for f in figures]
-    undominated = frontier(places)
+    undominated = _frontier_of(figures)
+    of_method: dict[str, bool] = {}
+    for method in dict.fromkeys(point.method for point in points):
+        own = [point.name for point in points if point.method == method]
+        of_method |= zip(own, _frontier_of([validation["methods"][name] for name in own]), strict=True)
     chosen = {point.name for point in best}
     runs = []
     for point, of_point, on_frontier in zip(points, figures, undominated, strict=True):
@@ -163,9 +166,9 @@ def collect(root: Path, points: Sequence[Point], best: Sequence[Point]) -> dict[
                 "method": point.method,
                 "options": dict(point.options),
                 **{name: of_point[name] for name in _FIGURES},
-                "checkpoint": _read(path)["chosen"] if path.exists() else None,
+                "checkpoint": read_json(path)["chosen"] if path.exists() else None,
                 "frontier": on_frontier,
-                "frontier_of_method": _own_frontier(points, places, point),
+                "frontier_of_method": of_method[point.name],
                 "chosen": point.name in chosen,
             }
         )
@@ -181,9 +184,8 @@ def collect(root: Path, points: Sequence[Point], best: Sequence[Point]) -> dict[
     }
 
 
-def _own_frontier(points: Sequence[Point], places: Sequence[tuple[float, float]], point: Point) -> bool:
-    own = [(p, place) for p, place in zip(points, places, strict=True) if p.method == point.method]
-    return dict(zip([p.name for p, _ in own], frontier([place for _, place in own]), strict=True))[point.name]
+def _frontier_of(figures: Sequence[Mapping[str, Any]]) -> list[bool]:
+    return frontier([(f["kl_policy_ref"]["mean"], f["advantage"]["mean"]) for f in figures])
 
 
 def points_of(rows: Any, where: str, config: RunConfig) -> list[Point]:
@@ -212,7 +214,3 @@ def points_of(rows: Any, where: str, config: RunConfig) -> list[Point]:
             raise ConfigError(f"{where}, point {number}: {point.name} stands there twice")
         out[point.name] = point
     return list(out.values())
-
-
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))

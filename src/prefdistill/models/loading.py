@@ -6,6 +6,7 @@ import importlib.util
 import json
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +84,10 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
 
 
 def positions(config: Any) -> int:
-    """How many tokens an encoder has positions for; a large number where its configuration has no bound."""
+    """How many tokens an encoder has positions for; sys.maxsize where its configuration has no bound."""
     known = getattr(config, "max_position_embeddings", None)
     if not known or known < 0:
-        return 1_000_000_000
+        return sys.maxsize
     # RoBERTa's kin count positions from the pad token's id on.
     return int(known) - (int(config.pad_token_id) + 1 if config.model_type in _COUNT_FROM_PAD else 0)
 

@@ -64,6 +64,7 @@ def _faster_on_cpu(hidden: int, inner: int, threads: int) -> Literal["float32", 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+@lru_cache(maxsize=8)
 def _rates(hidden: int, inner: int) -> dict[str, float]:
     """FLOP/s of a float32 activation through a weight in each arithmetic, casts included as autocast does them.
 

@@ -14,7 +14,7 @@ from prefdistill.data.table import PromptGroup
 from prefdistill.models.loading import add_lora, save_model
 from prefdistill.stages.members import member_rewards, reference_columns
 from prefdistill.stages.run import Run, last_checkpoint
-from prefdistill.stages.select import KeepWeights, best_checkpoint, kept_steps, put_weights
+from prefdistill.stages.select import KeepWeights, best_checkpoint, kept_file, kept_steps, put_weights
 from prefdistill.training.callbacks import ProgressCallback, quiet
 from prefdistill.training.distill import DistillConfig, DistillExample, DistillTrainer
 from prefdistill.training.pessimism import promises
@@ -59,10 +59,6 @@ def _start(run: Run, lora_rank: int) -> Any:
     return add_lora(policy, rank=lora_rank, task="CAUSAL_LM") if lora_rank > 0 else policy
 
 
-def _kept(work: Path, step: int) -> Path:
-    return work / "kept" / f"step-{step:06d}.safetensors"
-
-
 def _select(run: Run, method: str, work: Path, steps: int) -> dict[str, Any]:
     options = run.config.distill.of(method)
 
@@ -71,8 +67,7 @@ def _select(run: Run, method: str, work: Path, steps: int) -> dict[str, Any]:
         put_weights(policy, file)
         return policy.merge_and_unload() if options.lora_rank > 0 else policy
 
-    kept = {step: _kept(work, step) for step in kept_steps(steps, options.checkpoints)}
-    return best_checkpoint(run, method, work, kept, policy_at)
+    return best_checkpoint(run, method, work, kept_steps(steps, options.checkpoints), policy_at)
 
 
 def train_policy(run: Run, method: str, fingerprint: str) -> tuple[list[Path], str]:
@@ -108,7 +103,7 @@ def train_policy(run: Run, method: str, fingerprint: str) -> tuple[list[Path], s
     )
     callbacks: list[Any] = [ProgressCallback(run.progress)]
     if options.checkpoints > 1:
-        callbacks.append(KeepWeights(work / "kept", options.checkpoints))
+        callbacks.append(KeepWeights(work, options.checkpoints))
     trainer = quiet(DistillTrainer(policy, arguments, examples=examples, callbacks=callbacks))
     trainer.train(resume_from_checkpoint=last_checkpoint(work))
     # In order of name, as those of a resumed training are.
@@ -116,7 +111,7 @@ def train_policy(run: Run, method: str, fingerprint: str) -> tuple[list[Path], s
     folder.parent.mkdir(parents=True, exist_ok=True)
     selected = _select(run, method, work, trainer.state.max_steps) if options.checkpoints > 1 else None
     if selected is not None:
-        put_weights(policy, _kept(work, selected["chosen"]))
+        put_weights(policy, kept_file(work, selected["chosen"]))
     save_model(policy, run.tokenizer, folder)
     write_json(folder / "history.json", history)
     if selected is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +48,21 @@ def from_json(written: Iterable[Mapping[str, Any]]) -> list[Sample]:
 
 
 def sample_in_parts(
-    model: nn.Module, prompts: Sequence[tuple[int, ...]], folder: Path, **options: Any
+    run: Run,
+    model: nn.Module,
+    groups: Sequence[PromptGroup],
+    folder: Path,
+    *,
+    n: int,
+    options: SamplingOptions,
+    budget: int = SAMPLE_BUDGET,
+    progress: Callable[[int], None],
 ) -> list[list[Sample]]:
-    """`sample`, whose batches are kept in a folder as they are drawn, so that a stopped stage goes on after them."""
+    """`sample`, whose batches are kept in a folder as they are drawn, so that a stopped stage goes on after them.
+
+    Args:
+        budget: tokens held at a time, in scoring budgets.
+    """
     known: dict[int, list[Sample]] = {}
     for part in sorted(folder.glob("part-*.json")):
         written = json.loads(part.read_text(encoding="utf-8"))
@@ -59,7 +71,18 @@ def sample_in_parts(
     def keep(drawn: dict[int, list[Sample]]) -> None:
         write_json(folder / f"part-{min(drawn):06d}.json", {i: as_json(d) for i, d in drawn.items()})
 
-    return sample(model, prompts, known=known, keep=keep, **options)
+    return sample(
+        model,
+        [g.ids for g in groups],
+        n=n,
+        end_ids=run.encoder.end_ids,
+        options=options,
+        precision=run.precision,
+        token_budget=budget * run.config.score.token_budget,
+        known=known,
+        keep=keep,
+        progress=progress,
+    )
 
 
 def draw(run: Run, method: str, fingerprint: str) -> tuple[list[Path], str]:
@@ -82,15 +105,13 @@ def draw(run: Run, method: str, fingerprint: str) -> tuple[list[Path], str]:
     with run.progress(len(groups) * len(wanted), "prompts") as tick:
         for name, count, temperature, top_p, seed in wanted:
             streams[name] = sample_in_parts(
+                run,
                 model,
-                [g.ids for g in groups],
+                groups,
                 work / name,
                 n=count,
-                end_ids=run.encoder.end_ids,
                 # Methods share their random numbers: the same luck for both sides of a comparison.
                 options=SamplingOptions(options.max_new_tokens, temperature, top_p, seed),
-                precision=run.precision,
-                token_budget=SAMPLE_BUDGET * run.config.score.token_budget,
                 progress=tick,
             )
     del model

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prefdistill.data.table import PromptGroup
-from prefdistill.data.text_pairs import UNBOUNDED, PairEncoder
+from prefdistill.data.text_pairs import PairEncoder
 from prefdistill.data.tokenise import Encoder
 from prefdistill.data.tree import Tree
 from prefdistill.models.loading import generation_ends, load_config, load_tokenizer, positions, reads_text_pairs
@@ -22,21 +22,26 @@ def training_facts(folder: str) -> dict[str, Any]:
 
 
 def encoder_of(run: Run, name: str) -> Encoder | PairEncoder:
-    """The encoder of a reward model or of the base of one, the same in training and in scoring.
+    """The encoder of a reward model or of the base of one, the same in training and in scoring; made once a run.
 
     The run's own where the tokenizer reads all texts alike; else the model's tokens, with the run's bound on prompts;
     text pairs where the model is an encoder.
     """
+    if name not in run.encoders:
+        run.encoders[name] = _make_encoder(run, name)
+    return run.encoders[name]
+
+
+def _make_encoder(run: Run, name: str) -> Encoder | PairEncoder:
     facts = training_facts(name)
     if name == run.reference or facts.get("tokenizer") == run.tokenizer_fingerprint:
         return run.encoder
     trust, bounds = run.config.trust_remote_code, run.config.dataset
     if reads_text_pairs(name, trust_remote_code=trust):
         tokenizer = load_tokenizer(name, trust_remote_code=trust)
-        limit = min(int(tokenizer.model_max_length), positions(load_config(name, trust_remote_code=trust)))
         return PairEncoder(
             tokenizer,
-            max_tokens=limit if limit < UNBOUNDED else None,
+            max_tokens=min(int(tokenizer.model_max_length), positions(load_config(name, trust_remote_code=trust))),
             max_prompt_tokens=bounds.max_prompt_tokens,
             max_response_tokens=bounds.max_response_tokens,
         )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from prefdistill.atomic import write_json
-from prefdistill.data.table import PromptGroup, in_split, response_lengths
+from prefdistill.data.table import PromptGroup, in_split, prompt_text, response_lengths
 from prefdistill.data.tree import Tree
 from prefdistill.evaluation.compare import Drawn, compare, verdict, wald_tests
 from prefdistill.evaluation.diagnosis import warnings_of
@@ -166,9 +166,12 @@ def summarise(run: Run) -> tuple[list[Path], str]:
     if ensemble:
         fill_sample_rewards(run)
     checks = diagnose(run, methods, ensemble, judge)
-    baseline = next((m for m in run.config.methods if run.config.distill.method_of(m) == "dpo"), None)
     said = verdict(
-        run.config.primary, baseline, methods, tests, "the oracle" if is_oracle(judge["name"]) else "the judge"
+        run.config.primary,
+        run.config.baseline,
+        methods,
+        tests,
+        "the oracle" if is_oracle(judge["name"]) else "the judge",
     )
     written = {
         "summary": {
@@ -201,7 +204,7 @@ def side_by_side(run: Run, groups: list[PromptGroup], scores: dict[str, np.ndarr
         text = {m: run.encoder.decode_response(d[i][0].ids) for m, d in drawn.items()}
         out.append(
             {
-                "prompt": g.prompt if isinstance(g.prompt, str) else "\n\n".join(m["content"] for m in g.prompt),
+                "prompt": prompt_text(g.prompt),
                 "reference": text["reference"],
                 "responses": {m: text[m] for m in run.config.methods},
                 "scores": {m: float(scores[m][i, 0]) for m in scores},

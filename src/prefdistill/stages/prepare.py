@@ -205,14 +205,13 @@ def make_samples(run: Run, fingerprint: str) -> tuple[list[Path], str]:
     bound = min(run.config.sample.max_new_tokens, run.config.dataset.max_response_tokens)
     with run.progress(len(train), "prompts") as tick:
         drawn = sample_in_parts(
+            run,
             run.load_reference(),
-            [g.ids for g in train],
+            train,
             run.work_path("sample", fingerprint),
             n=n,
-            end_ids=run.encoder.end_ids,
             options=SamplingOptions(max_new_tokens=bound, seed=run.config.seed),
-            precision=run.precision,
-            token_budget=4 * run.config.score.token_budget,
+            budget=4,
             progress=tick,
         )
     for group, samples in zip(train, drawn, strict=True):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import datetime
-import json
 import platform
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from prefdistill.atomic import write_text
+from prefdistill.atomic import read_json, write_text
 from prefdistill.manifest import Manifest
 from prefdistill.report.html import write_report
 from prefdistill.stages.run import Run
@@ -17,8 +16,8 @@ from prefdistill.stages.run import Run
 
 def make_report(run: Run, manifest: Manifest) -> tuple[list[Path], str]:
     folder = run.evaluation_path
-    summary = _read(folder / "summary.json")
-    ensemble = _read(folder / "ensemble.json")
+    summary = read_json(folder / "summary.json")
+    ensemble = read_json(folder / "ensemble.json")
     html = write_report(
         {
             "title": f"prefdistill: {run.root.name}" + ("" if summary["split"] == "test" else f" ({summary['split']})"),
@@ -28,9 +27,9 @@ def make_report(run: Run, manifest: Manifest) -> tuple[list[Path], str]:
             "mixtures": _mixtures(run),
             "training": {m: _history(run, m) for m in run.config.methods},
             **ensemble,
-            "samples": _read(folder / "side_by_side.json"),
+            "samples": read_json(folder / "side_by_side.json"),
             "warnings": summary["warnings"],
-            "checks": _read(folder / "diagnosis.json")["checks"],
+            "checks": read_json(folder / "diagnosis.json")["checks"],
             "config": run.config.as_yaml(),
             "environment": _environment(run),
             "stages": [{"name": n, "seconds": r.seconds, "said": r.said} for n, r in manifest.stages.items()],
@@ -41,18 +40,14 @@ def make_report(run: Run, manifest: Manifest) -> tuple[list[Path], str]:
     return [path], f"open {path}"
 
 
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def _mixtures(run: Run) -> dict[str, Any]:
     """What the mixture of a method that has one promises, by method."""
     paths = {m: run.policy_path(m) / "mixture.json" for m in run.config.methods}
-    return {m: _read(path) for m, path in paths.items() if path.exists()}
+    return {m: read_json(path) for m, path in paths.items() if path.exists()}
 
 
 def _history(run: Run, method: str) -> dict[str, Any]:
-    history = _read(run.policy_path(method) / "history.json")
+    history = read_json(run.policy_path(method) / "history.json")
     names = {
         "steps": "step",
         "logps/chosen_change": "logps/chosen_change",
@@ -61,7 +56,7 @@ def _history(run: Run, method: str) -> dict[str, Any]:
         "level_change": "logps/level_change",
     }
     kept = run.policy_path(method) / "checkpoints.json"
-    found = {"loss": run.config.distill.method_of(method), "kept": _read(kept) if kept.exists() else None}
+    found = {"loss": run.config.distill.method_of(method), "kept": read_json(kept) if kept.exists() else None}
     return found | {key: [h.get(name) for h in history] for key, name in names.items()}
 
 

@@ -37,6 +37,7 @@ class Run:
 
     config: RunConfig
     progress: Progress = field(default=on_terminal)
+    encoders: dict[str, Any] = field(default_factory=dict, repr=False)  # by reward model, see stages.encoders
 
     @property
     def root(self) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from prefdistill.data.table import in_split
 from prefdistill.errors import DataError
 from prefdistill.evaluation import statistics
 from prefdistill.evaluation.sampling import SamplingOptions
-from prefdistill.stages.draw import SAMPLE_BUDGET, sample_in_parts
+from prefdistill.stages.draw import sample_in_parts
 from prefdistill.stages.judge import score_samples
 from prefdistill.stages.run import Run
 
@@ -24,10 +24,10 @@ VERSION = 1
 
 
 class KeepWeights(TrainerCallback):
-    """Keeps what a training changes, at `n` evenly spaced steps, the last among them, as step-N.safetensors."""
+    """Keeps what a training changes, at `n` evenly spaced steps, the last among them, in a stage's working folder."""
 
-    def __init__(self, folder: Path, n: int) -> None:
-        self.folder = folder
+    def __init__(self, work: Path, n: int) -> None:
+        self.work = work
         self.n = n
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -35,8 +35,12 @@ class KeepWeights(TrainerCallback):
             trained = {
                 name: p.detach().contiguous() for name, p in kwargs["model"].named_parameters() if p.requires_grad
             }
-            with fresh_file(self.folder / f"step-{state.global_step:06d}.safetensors") as part:
+            with fresh_file(kept_file(self.work, state.global_step)) as part:
                 save_file(trained, part)
+
+
+def kept_file(work: Path, step: int) -> Path:
+    return work / "kept" / f"step-{step:06d}.safetensors"
 
 
 def kept_steps(steps: int, n: int) -> list[int]:
@@ -53,33 +57,30 @@ def put_weights(model: nn.Module, file: Path) -> None:
 
 
 def best_checkpoint(
-    run: Run, name: str, work: Path, kept: Mapping[int, Path], policy_at: Callable[[Path], nn.Module]
+    run: Run, name: str, work: Path, steps: Sequence[int], policy_at: Callable[[Path], nn.Module]
 ) -> dict[str, Any]:
     """What the judge makes of every checkpoint, and which is the best; ties go to the earlier one.
 
     Args:
         name: of the method or variant.
-        work: keeps samples as they are drawn, so that a stopped stage goes on.
-        kept: step -> its weights.
-        policy_at: a policy with these weights, ready to sample from.
+        work: holds the weights of these steps, and keeps samples as they are drawn, so that a stopped stage goes on.
+        policy_at: a policy with the weights of this file, ready to sample from.
 
     Returns:
         {"version", "split", "prompts", "chosen": step, "checkpoints": [{"step", "score": an estimate, "length_mean"}]}.
     """
     groups, options = in_split(run.groups, "validation"), run.config.evaluate
     rows: list[dict[str, Any]] = []
-    with run.progress(len(groups) * len(kept), "prompts") as tick:
-        for step, file in sorted(kept.items()):
+    with run.progress(len(groups) * len(steps), "prompts") as tick:
+        for step in steps:
             drawn = sample_in_parts(
-                policy_at(file),
-                [g.ids for g in groups],
+                run,
+                policy_at(kept_file(work, step)),
+                groups,
                 work / f"samples-{step}",
                 n=options.samples,
-                end_ids=run.encoder.end_ids,
                 # The same random numbers for all: the same luck for both sides of a comparison.
                 options=SamplingOptions(options.max_new_tokens, options.temperature, options.top_p, run.config.seed),
-                precision=run.precision,
-                token_budget=SAMPLE_BUDGET * run.config.score.token_budget,
                 progress=tick,
             )
             scores = score_samples(run, groups, drawn, name)
