@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ LEARNING_RATE = 1e-5
 
 def trainer_arguments(precision: str, batch: int, **options: Any) -> dict[str, Any]:
     return {
-        "output_dir": tempfile.mkdtemp(),
+        "output_dir": str(Path(tempfile.gettempdir()) / "prefdistill-benchmark"),  # nothing is saved there
         "bf16": precision == "bfloat16",
         "use_cpu": not torch.cuda.is_available(),
         "per_device_train_batch_size": batch,

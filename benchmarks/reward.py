@@ -4,31 +4,15 @@ from __future__ import annotations
 
 import warnings
 
-import torch
 import transformers
 from datasets import Dataset
-from transformers import LlamaConfig, LlamaForSequenceClassification
 from trl import RewardConfig
 from trl import RewardTrainer as TRLRewardTrainer
 
 from benchmarks.policy import trainer_arguments
-from benchmarks.shapes import EOS, SIZES, Prompt, tokenizer_of
+from benchmarks.shapes import Prompt, classifier_of, tokenizer_of
 from benchmarks.steps import Step, stepper
 from prefdistill.training.reward import RewardExample, RewardTrainer
-
-
-def classifier_of(size: str, seed: int = 0) -> LlamaForSequenceClassification:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        **SIZES[size],
-        num_labels=1,
-        max_position_embeddings=4096,
-        pad_token_id=0,
-        eos_token_id=EOS,
-        bos_token_id=None,
-        attn_implementation="sdpa",
-    )
-    return LlamaForSequenceClassification(config)
 
 
 def ours(prompts: list[Prompt], *, size: str, precision: str, batch_prompts: int) -> Step:

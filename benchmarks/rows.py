@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from benchmarks import policy, reward, sampling, scoring
 from benchmarks.shapes import SIZES, Prompt, prompts_of
@@ -20,6 +21,9 @@ class Sizes:
     batch_prompts: int = 4
 
 
+Side = Callable[[list[Prompt], Sizes, str], Step]
+
+
 @dataclass(frozen=True)
 class Row:
     """A comparison of two steps over the same work.
@@ -30,7 +34,7 @@ class Row:
         peer: said in the table.
         target: least ratio of the peer's time to ours (of ours to the peer's where `at_most`).
         sides: "ours" and the peer's variants, of which the fastest counts; given sizes and a precision.
-        units: what a step does, for the rate, e.g. pairs.
+        memory_target: least ratio of the peer's peak memory to ours; where there is none, memory is not measured.
         training: whether a step is forward and backward.
         head: whether logits over the vocabulary are needed.
         whole: whether a step is all prompts, not a batch of them.
@@ -42,7 +46,7 @@ class Row:
     peer: str
     target: float
     shape: str
-    sides: Mapping[str, Callable[[list[Prompt], Sizes, str], Step]]
+    sides: Mapping[str, Side]
     at_most: bool = False
     memory_target: float | None = None
     training: bool = True
@@ -60,73 +64,34 @@ class Row:
         )
 
 
-def _ours(method: str = "dpo", members: int = 0) -> Callable[[list[Prompt], Sizes, str], Step]:
-    return lambda prompts, sizes, precision: policy.ours(
-        prompts,
-        size=sizes.model,
-        precision=precision,
-        batch_prompts=sizes.batch_prompts,
-        method=method,
-        members=members,
+def _of_batches(make: Callable[..., Step], **fixed: Any) -> Side:
+    """A side whose step is a batch of prompts."""
+    return lambda prompts, sizes, precision: make(
+        prompts, size=sizes.model, precision=precision, batch_prompts=sizes.batch_prompts, **fixed
     )
 
 
-def _trl(checkpointing: bool) -> Callable[[list[Prompt], Sizes, str], Step]:
-    return lambda prompts, sizes, precision: policy.trl(
-        prompts,
-        size=sizes.model,
-        precision=precision,
-        batch_prompts=sizes.batch_prompts,
-        checkpointing=checkpointing,
+def _scoring(make: Callable[..., Step], **fixed: Any) -> Side:
+    return lambda prompts, sizes, precision: make(prompts, size=sizes.model, precision=precision, **fixed)
+
+
+def _sampling(make: Callable[..., Step], **fixed: Any) -> Side:
+    return lambda prompts, sizes, precision: make(
+        prompts, size=sizes.model, precision=precision, samples=2, max_new_tokens=sizes.response_tokens, **fixed
     )
 
 
-def _our_reward(prompts: list[Prompt], sizes: Sizes, precision: str) -> Step:
-    return reward.ours(prompts, size=sizes.model, precision=precision, batch_prompts=sizes.batch_prompts)
+def _both(make: Callable[..., Step]) -> dict[str, Side]:
+    """TRL without and with gradient checkpointing: its faster setting counts."""
+    return {
+        "trl": _of_batches(make, checkpointing=False),
+        "trl, checkpointing": _of_batches(make, checkpointing=True),
+    }
 
 
-def _trl_reward(checkpointing: bool) -> Callable[[list[Prompt], Sizes, str], Step]:
-    return lambda prompts, sizes, precision: reward.trl(
-        prompts,
-        size=sizes.model,
-        precision=precision,
-        batch_prompts=sizes.batch_prompts,
-        checkpointing=checkpointing,
-    )
-
-
-def _our_scoring(prompts: list[Prompt], sizes: Sizes, precision: str) -> Step:
-    return scoring.ours(prompts, size=sizes.model, precision=precision)
-
-
-def _trl_scoring(batch_pairs: int) -> Callable[[list[Prompt], Sizes, str], Step]:
-    return lambda prompts, sizes, precision: scoring.trl(
-        prompts, size=sizes.model, precision=precision, batch_pairs=batch_pairs
-    )
-
-
-def _our_sampling(prompts: list[Prompt], sizes: Sizes, precision: str) -> Step:
-    return sampling.ours(
-        prompts, size=sizes.model, precision=precision, samples=SAMPLES, max_new_tokens=sizes.response_tokens
-    )
-
-
-def _generate(batch_rows: int) -> Callable[[list[Prompt], Sizes, str], Step]:
-    return lambda prompts, sizes, precision: sampling.generate(
-        prompts,
-        size=sizes.model,
-        precision=precision,
-        samples=SAMPLES,
-        max_new_tokens=sizes.response_tokens,
-        batch_rows=batch_rows,
-    )
-
-
-SAMPLES = 2
-_TRL_REWARD = {"trl": _trl_reward(False), "trl, checkpointing": _trl_reward(True)}
-# Its batch size for this pass is its user's to choose: the best of three counts.
-_TRL_SCORING = {f"trl, {n} pairs": _trl_scoring(n) for n in (1, 4, 8)}
-_TRL_POLICY = {"trl": _trl(False), "trl, checkpointing": _trl(True)}
+# TRL's batch size for this pass is its user's to choose: the best of three counts.
+_TRL_SCORING = {f"trl, {n} pairs": _scoring(scoring.trl, batch_pairs=n) for n in (1, 4, 8)}
+_GENERATE = {f"generate, {n} rows": _sampling(sampling.generate, batch_rows=n) for n in (16, 64)}
 
 ROWS = (
     Row(
@@ -135,7 +100,7 @@ ROWS = (
         "TRL DPOTrainer",
         4.0,
         "unique",
-        {"ours": _ours(), **_TRL_POLICY},
+        {"ours": _of_batches(policy.ours), **_both(policy.trl)},
         memory_target=2.0,
     ),
     Row(
@@ -144,7 +109,7 @@ ROWS = (
         "TRL DPOTrainer",
         8.0,
         "shared",
-        {"ours": _ours(), **_TRL_POLICY},
+        {"ours": _of_batches(policy.ours), **_both(policy.trl)},
         memory_target=2.0,
     ),
     Row(
@@ -153,7 +118,7 @@ ROWS = (
         "TRL RewardTrainer",
         3.0,
         "unique",
-        {"ours": _our_reward, **_TRL_REWARD},
+        {"ours": _of_batches(reward.ours), **_both(reward.trl)},
         head=False,
     ),
     Row(
@@ -162,7 +127,7 @@ ROWS = (
         "TRL RewardTrainer",
         6.0,
         "shared",
-        {"ours": _our_reward, **_TRL_REWARD},
+        {"ours": _of_batches(reward.ours), **_both(reward.trl)},
         head=False,
     ),
     Row(
@@ -171,7 +136,7 @@ ROWS = (
         "TRL's precompute_ref_log_probs",
         3.0,
         "shared",
-        {"ours": _our_scoring, **_TRL_SCORING},
+        {"ours": _scoring(scoring.ours), **_TRL_SCORING},
         training=False,
         whole=True,
     ),
@@ -181,7 +146,7 @@ ROWS = (
         "transformers.generate",
         2.0,
         "unique",
-        {"ours": _our_sampling, **{f"generate, {n} rows": _generate(n) for n in (16, 64)}},
+        {"ours": _sampling(sampling.ours), **_GENERATE},
         training=False,
         whole=True,
         fixed_prompts=100,
@@ -192,7 +157,7 @@ ROWS = (
         "own DPO step",
         1.02,
         "shared",
-        {"ours": _ours("e-dpo", members=5), "own DPO": _ours()},
+        {"ours": _of_batches(policy.ours, method="e-dpo", members=5), "own DPO": _of_batches(policy.ours)},
         at_most=True,
     ),
 )

@@ -6,13 +6,14 @@ Speed hangs on shapes alone, so weights and words are random; the same for both 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from prefdistill.data.tree import Tree
 
@@ -40,19 +41,28 @@ SIZES = {
 }
 
 
-def policy_of(size: str, seed: int = 0) -> LlamaForCausalLM:
-    """A Llama with random weights; tied embeddings, as SmolLM2 has."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
+def config_of(size: str, **fields: Any) -> LlamaConfig:
+    return LlamaConfig(
         **SIZES[size],
-        tie_word_embeddings=True,
         max_position_embeddings=4096,
         pad_token_id=0,
         eos_token_id=EOS,
         bos_token_id=None,
         attn_implementation="sdpa",
+        **fields,
     )
-    return LlamaForCausalLM(config)
+
+
+def policy_of(size: str, seed: int = 0) -> LlamaForCausalLM:
+    """A Llama with random weights; tied embeddings, as SmolLM2 has."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(config_of(size, tie_word_embeddings=True))
+
+
+def classifier_of(size: str, seed: int = 0) -> LlamaForSequenceClassification:
+    """A reward model of the same shape."""
+    torch.manual_seed(seed)
+    return LlamaForSequenceClassification(config_of(size, num_labels=1))
 
 
 def tokenizer_of(size: str) -> PreTrainedTokenizerFast:

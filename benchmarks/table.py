@@ -14,6 +14,11 @@ def reached(row: Mapping[str, Any]) -> bool:
     return bool(row["ratio"] <= row["target"] if row["at_most"] else row["ratio"] >= row["target"])
 
 
+def _short_of(row: Mapping[str, Any]) -> str:
+    """What is to be said where the peer's memory is not the asked multiple of ours."""
+    return "" if row["memory"]["ratio"] >= row["memory_target"] else f", {row['memory_target']:g}x missed"
+
+
 def markdown(results: Mapping[str, Any], *, picture: str) -> str:
     """RESULTS.md: a row a comparison, with what it was measured on."""
 
@@ -47,7 +52,7 @@ def markdown(results: Mapping[str, Any], *, picture: str) -> str:
                 f"{row['peer']:.2f}",
                 f"{row['ratio']:.2f}x",
                 ("at most " if row["at_most"] else "") + f"{row['target']:g}x" + ("" if reached(row) else ", missed"),
-                f"{memory['ours']:.1f} / {memory['peer']:.1f}" if memory else "",
+                f"{memory['ours']:.1f} / {memory['peer']:.1f}" + _short_of(row) if memory else "",
                 f"{row['utilisation']:.0%}",
             )
         )

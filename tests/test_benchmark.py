@@ -17,13 +17,14 @@ from benchmarks.rows import flops_once  # noqa: E402
 from benchmarks.shapes import policy_of, prompts_of  # noqa: E402
 
 
+@pytest.mark.parametrize("trained", [policy, reward], ids=["policy", "reward"])
 @pytest.mark.parametrize("shape", ["unique", "shared"])
-def test_losses_are_trls(shape, monkeypatch):
-    """Twenty steps of DPO from the same weights on the same pairs, float32; a rate at which weights move."""
+def test_losses_are_trls(shape, trained, monkeypatch):
+    """Twenty steps from the same weights on the same pairs, float32; a rate at which weights move."""
     monkeypatch.setattr(policy, "LEARNING_RATE", 1e-3)
     prompts = prompts_of(shape, 6, size="tiny", prompt_tokens=20, response_tokens=7)
     same = {"size": "tiny", "precision": "float32", "batch_prompts": 2}
-    ours, trl = policy.ours(prompts, **same), policy.trl(prompts, **same, checkpointing=False)
+    ours, trl = trained.ours(prompts, **same), trained.trl(prompts, **same, checkpointing=False)
     curves = [(ours(), trl()) for _ in range(20)]
     assert curves[-1][0] < 0.9 * curves[0][0], "nothing is compared where nothing is learnt"
     for mine, peer in curves:
@@ -68,18 +69,6 @@ def test_the_command_writes_its_results(tmp_path):
     assert row["memory"]["ours"] > 0
     assert {"machine", "versions"} <= set(written)
     assert written["versions"]["trl"] == "1.16.0"
-
-
-@pytest.mark.parametrize("shape", ["unique", "shared"])
-def test_reward_losses_are_trls(shape, monkeypatch):
-    monkeypatch.setattr(policy, "LEARNING_RATE", 1e-3)
-    prompts = prompts_of(shape, 6, size="tiny", prompt_tokens=20, response_tokens=7)
-    same = {"size": "tiny", "precision": "float32", "batch_prompts": 2}
-    ours, trl = reward.ours(prompts, **same), reward.trl(prompts, **same, checkpointing=False)
-    curves = [(ours(), trl()) for _ in range(20)]
-    assert curves[-1][0] < 0.9 * curves[0][0]
-    for mine, peer in curves:
-        assert mine == pytest.approx(peer, rel=1e-4)
 
 
 def test_reference_logps_are_trls():
