@@ -7,14 +7,14 @@ import json
 import logging
 import os
 import platform
-import subprocess
+import statistics
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from benchmarks.table import markdown, picture, reached
+from benchmarks.worker import serve, worker
 from prefdistill.report.canvas import svg_of
 
 FOLDER = Path(__file__).parent
@@ -30,7 +30,7 @@ def main() -> int:
     parser.add_argument("--response-tokens", type=int, default=42)
     parser.add_argument("--batch-prompts", type=int, default=4)
     parser.add_argument("--output", type=Path, default=FOLDER, help="where results.json and RESULTS.md go")
-    parser.add_argument("--memory-of", nargs=3, metavar=("ROW", "SIDE", "PRECISION"), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=3, metavar=("ROW", "SIDE", "PRECISION"), help=argparse.SUPPRESS)
     options = parser.parse_args()
 
     os.environ.setdefault("TQDM_DISABLE", "1")
@@ -39,17 +39,11 @@ def main() -> int:
     import datasets
 
     from benchmarks.rows import ROWS, Sizes
-    from benchmarks.steps import peak_gigabytes
 
     datasets.disable_progress_bars()
     sizes = Sizes(options.model, options.prompt_tokens, options.response_tokens, options.batch_prompts)
-    if options.memory_of:
-        name, side, precision = options.memory_of
-        row = next(r for r in ROWS if r.name == name)
-        step = row.sides[side](row.prompts(sizes, 1), sizes, precision)
-        step()
-        step()
-        print(json.dumps({"peak": peak_gigabytes()}))
+    if options.worker:
+        serve(*options.worker, sizes)
         return 0
     found = []
     for row in ROWS:
@@ -67,59 +61,57 @@ def main() -> int:
 
 
 def _measure(row: Any, sizes: Any, options: Any) -> dict[str, Any]:
-    """A row's sides, each in both precisions for a step, then in the faster one in turn with the others."""
+    """Tries a row's sides, then lets ours and the fastest peer take their steps in turn."""
     from benchmarks.rows import flops_once
-    from benchmarks.steps import take_turns
 
+    sizes = row.sizes(sizes)
+    trials = {side: _trials(row, side, sizes) for side in row.sides}
+    fastest = {side: min(found, key=lambda p: found[p]) for side, found in trials.items()}
+    peer = min((s for s in row.sides if s != "ours"), key=lambda s: trials[s][fastest[s]])
+    # One after the other, so that what else the machine does falls on both alike.
+    with (
+        worker(row.name, "ours", fastest["ours"], sizes) as mine,
+        worker(row.name, peer, fastest[peer], sizes) as other,
+    ):
+        both = {"ours": mine, peer: other}
+        seconds: dict[str, list[float]] = {name: [] for name in both}
+        for number in range(options.warmup + options.steps):
+            for name, side in both.items():
+                took = side.step()
+                if number >= options.warmup:
+                    seconds[name].append(took)
+        memory = {name: side.peak for name, side in both.items()}
+    ours, theirs = (statistics.median(seconds[name]) for name in both)
     prompts = row.prompts(sizes)
-    candidates = {}
-    for side, make in row.sides.items():
-        # A trial step of each precision decides; only the faster is kept in memory.
-        trials = {}
-        for precision in ("float32", "bfloat16"):
-            step = make(prompts, sizes, precision)
-            step()
-            start = time.perf_counter()
-            step()
-            trials[precision] = time.perf_counter() - start
-            del step
-        candidates[side] = min(trials, key=lambda p: trials[p])
-    peers = [side for side in row.sides if side != "ours"]
-    steps = {side: row.sides[side](prompts, sizes, precision) for side, precision in candidates.items()}
-    times = take_turns(steps, steps=options.steps, warmup=options.warmup)
-    del steps
-    best = min(peers, key=lambda side: times[side].median)
     batch = prompts if row.whole else prompts[: sizes.batch_prompts]
     pairs = sum(len(p.pairs) for p in batch)
-    ours, peer = times["ours"].median, times[best].median
-    memory = (
-        {side: _peak(row.name, side, candidates[side], sizes) for side in ("ours", best)} if row.memory_target else {}
-    )
     return {
         "name": row.name,
         "work": row.work,
-        "peer_is": f"{row.peer} ({best})" if len(peers) > 1 else row.peer,
+        "peer_is": f"{row.peer} ({peer})" if len(row.sides) > 2 else row.peer,
         "ours": ours,
-        "peer": peer,
-        "ratio": ours / peer if row.at_most else peer / ours,
+        "peer": theirs,
+        "ratio": ours / theirs if row.at_most else theirs / ours,
         "target": row.target,
         "at_most": row.at_most,
-        "precision": {"ours": candidates["ours"], "peer": candidates[best]},
-        "pairs_a_second": {"ours": pairs / ours, "peer": pairs / peer},
-        "seconds": {side: list(t.seconds) for side, t in times.items()},
-        "memory": memory and {"ours": memory["ours"], "peer": memory[best], "ratio": memory[best] / memory["ours"]},
+        "precision": {"ours": fastest["ours"], "peer": fastest[peer]},
+        "pairs_a_second": {"ours": pairs / ours, "peer": pairs / theirs},
+        "seconds": seconds,
+        "trials": trials,
+        "memory": {"ours": memory["ours"], "peer": memory[peer], "ratio": memory[peer] / memory["ours"]},
         "memory_target": row.memory_target,
         "utilisation": flops_once(batch, sizes.model, training=row.training, head=row.head) / ours / _rate(sizes.model),
     }
 
 
-def _peak(row: str, side: str, precision: str, sizes: Any) -> float:
-    """Peak memory in a process of its own."""
-    shape = ["--model", sizes.model, "--prompt-tokens", str(sizes.prompt_tokens)]
-    shape += ["--response-tokens", str(sizes.response_tokens), "--batch-prompts", str(sizes.batch_prompts)]
-    command = [sys.executable, "-m", "benchmarks", *shape, "--memory-of", row, side, precision]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=FOLDER.parent)
-    return float(json.loads(done.stdout.splitlines()[-1])["peak"])
+def _trials(row: Any, side: str, sizes: Any) -> dict[str, float]:
+    """Seconds of a side's second step in each precision, alone on the machine."""
+    found = {}
+    for precision in ("float32", "bfloat16"):
+        with worker(row.name, side, precision, sizes) as alone:
+            alone.step()
+            found[precision] = alone.step()
+    return found
 
 
 def _rate(model: str) -> float:
@@ -131,7 +123,7 @@ def _rate(model: str) -> float:
 
 
 def _line(row: dict[str, Any]) -> str:
-    memory = f", memory {row['memory']['ratio']:.2f}x less" if row["memory"] else ""
+    memory = f", memory {row['memory']['ratio']:.2f}x less" if row["memory_target"] else ""
     return (
         f"{row['name']}: ours {row['ours']:.2f} s ({row['precision']['ours']}), {row['peer_is']} {row['peer']:.2f} s "
         f"({row['precision']['peer']}): {row['ratio']:.2f}x, target {'at most ' if row['at_most'] else ''}"

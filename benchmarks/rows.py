@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks import policy, reward, sampling, scoring
@@ -34,11 +34,12 @@ class Row:
         peer: said in the table.
         target: least ratio of the peer's time to ours (of ours to the peer's where `at_most`).
         sides: "ours" and the peer's variants, of which the fastest counts; given sizes and a precision.
-        memory_target: least ratio of the peer's peak memory to ours; where there is none, memory is not measured.
+        memory_target: least ratio of the peer's peak memory to ours; where there is none, nothing is asked.
         training: whether a step is forward and backward.
         head: whether logits over the vocabulary are needed.
         whole: whether a step is all prompts, not a batch of them.
         fixed_prompts: how many prompts there are, where it is not two batches.
+        batch_prompts: prompts a step, where it is not what was asked.
     """
 
     name: str
@@ -53,6 +54,11 @@ class Row:
     head: bool = True
     whole: bool = False
     fixed_prompts: int | None = None
+    batch_prompts: int | None = None
+
+    def sizes(self, asked: Sizes) -> Sizes:
+        """The sizes of this row's work."""
+        return asked if self.batch_prompts is None else replace(asked, batch_prompts=self.batch_prompts)
 
     def prompts(self, sizes: Sizes, batches: int = 2) -> list[Prompt]:
         return prompts_of(

@@ -1,12 +1,9 @@
-"""One optimiser step of each side, as its own trainer takes it; two sides take turns and are timed."""
+"""One optimiser step of a side, as its own trainer takes it."""
 
 from __future__ import annotations
 
 import resource
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +17,8 @@ def stepper(trainer: Any, batches: Sequence[Any]) -> Step:
     It is what `Trainer.train` does between two log lines: forward, backward, clipping, optimiser; the batches are
     collated anew every time.
     """
+    if trainer.args.gradient_checkpointing:
+        trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
     trainer.create_optimizer()
     model, optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
     trainer.model_wrapped = model
@@ -40,31 +39,8 @@ def stepper(trainer: Any, batches: Sequence[Any]) -> Step:
     return step
 
 
-@dataclass(frozen=True)
-class Times:
-    """Seconds of every timed step of a side."""
-
-    seconds: tuple[float, ...]
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
-
-
-def take_turns(sides: Mapping[str, Step], *, steps: int, warmup: int) -> dict[str, Times]:
-    """Times the sides step by step in turn, so that what else the machine does falls on all alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(warmup + steps):
-        for name, step in sides.items():
-            start = time.perf_counter()
-            step()
-            if number >= warmup:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: Times(tuple(found)) for name, found in seconds.items()}
-
-
 def peak_gigabytes() -> float:
-    """The most memory that this process has held."""
+    """The most memory that this process has held: of the device where there is one, resident otherwise."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -16,7 +16,8 @@ def reached(row: Mapping[str, Any]) -> bool:
 
 def _short_of(row: Mapping[str, Any]) -> str:
     """What is to be said where the peer's memory is not the asked multiple of ours."""
-    return "" if row["memory"]["ratio"] >= row["memory_target"] else f", {row['memory_target']:g}x missed"
+    asked = row["memory_target"]
+    return "" if asked is None or row["memory"]["ratio"] >= asked else f", {row['memory_target']:g}x missed"
 
 
 def markdown(results: Mapping[str, Any], *, picture: str) -> str:
@@ -52,7 +53,7 @@ def markdown(results: Mapping[str, Any], *, picture: str) -> str:
                 f"{row['peer']:.2f}",
                 f"{row['ratio']:.2f}x",
                 ("at most " if row["at_most"] else "") + f"{row['target']:g}x" + ("" if reached(row) else ", missed"),
-                f"{memory['ours']:.1f} / {memory['peer']:.1f}" + _short_of(row) if memory else "",
+                f"{memory['ours']:.1f} / {memory['peer']:.1f}" + _short_of(row),
                 f"{row['utilisation']:.0%}",
             )
         )
