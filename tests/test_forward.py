@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefdistill.data.tree import Tree, batches_by_tokens, collate_plain, collate_trees, tree_mask
+from prefdistill.errors import ConfigError
 from prefdistill.models.forward import TreeModel
 from tiny_models import VOCAB, tiny
 
@@ -47,7 +48,7 @@ tree_strategy = st.builds(Tree, sequence, st.lists(sequence, min_size=1, max_siz
 @given(trees=st.lists(tree_strategy, min_size=1, max_size=3))
 def test_tree_forward_equals_plain_forward(family, trees):
     model = model_of(family)
-    assert model.path == "tree"
+    assert model.path == "packed"
     with torch.no_grad():
         ours = model.logps(model.collate(trees))
         truth = one_at_a_time(model.model, trees)
@@ -75,17 +76,18 @@ def test_hundred_tokens_agree_to_1e_5(family):
 @pytest.mark.parametrize("family", [*FAMILIES, "mistral", "gemma2", "granite"])
 def test_gradients_equal_plain_gradients(family):
     model = TreeModel(tiny(family))
-    assert model.path == "tree"
+    assert model.path == ("tree" if family == "gemma2" else "packed")
     trees = [Tree((5, 6, 7, 8, 9, 10, 11, 12), ((20, 21, 22, 2), (23, 2), (24,))), Tree((9,), ((30, 31), (32, 2)))]
     weights = torch.tensor([1.0, -2.0, 0.5, 3.0, -1.0], dtype=torch.float64)
     grads = []
-    for batch in (collate_trees(trees, pad_id=0), collate_plain(trees, pad_id=0)):
+    for batch in (model.collate(trees), collate_trees(trees, pad_id=0), collate_plain(trees, pad_id=0)):
         model.model.zero_grad()
         (model.logps(batch) * weights).sum().backward()
         grads.append({n: p.grad.clone() for n, p in model.model.named_parameters() if p.grad is not None})
-    assert grads[0].keys() == grads[1].keys()
-    for name, grad in grads[0].items():
-        torch.testing.assert_close(grad, grads[1][name], atol=2e-4, rtol=1e-3, msg=name)
+    for own in grads[:2]:
+        assert own.keys() == grads[2].keys()
+        for name, grad in own.items():
+            torch.testing.assert_close(grad, grads[2][name], atol=2e-4, rtol=1e-3, msg=name)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "granite"])
@@ -146,6 +148,29 @@ def test_eager_attention_takes_the_tree_path():
     trees = [Tree((5, 6, 7), ((20, 21, 22, 2), (23, 2))), Tree((9,), ((30, 31),))]
     with torch.no_grad():
         torch.testing.assert_close(model.logps(model.collate(trees)), one_at_a_time(raw, trees), atol=1e-4, rtol=1e-6)
+    with pytest.raises(ConfigError, match="does not attend by sdpa"):
+        TreeModel(raw, path="packed")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_padded_tree_batch_is_equal_too(family):
+    """What a GPU reads: a row a tree under a dense mask."""
+    model = TreeModel(tiny(family), path="tree")
+    trees = [Tree((5, 6, 7), ((20, 21, 22, 2), (23, 2))), Tree((9,), ((30, 31),))]
+    with torch.no_grad():
+        ours = model.logps(model.collate(trees))
+        torch.testing.assert_close(ours, one_at_a_time(model.model, trees), atol=1e-4, rtol=1e-6)
+
+
+def test_a_packed_model_still_generates_as_transformers_does():
+    """The attention that packs answers every other mask as sdpa does, caches included."""
+    raw = tiny("llama")
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    asked = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    before = raw.generate(ids, attention_mask=torch.ones_like(ids), **asked)
+    assert TreeModel(raw).path == "packed"
+    assert torch.equal(raw.generate(ids, attention_mask=torch.ones_like(ids), **asked), before)
+    assert raw.config.to_dict().get("_attn_implementation") in (None, "sdpa")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -154,7 +179,7 @@ def test_rewards_equal_those_of_transformers(family, pad):
     """Also where the pad token is the end token: transformers then pools one token earlier, and so do we."""
     raw = tiny(family, classifier=True, pad_token_id=pad)
     model = TreeModel(raw)
-    assert model.path == "tree"
+    assert model.path == "packed"
     trees = [Tree((5, 6, 7, 2), ((20, 21, 22, 2), (23, 2), (2,))), Tree((9,), ((30, 31),))]
     with torch.no_grad():
         ours = model.rewards(model.collate(trees, pool_pad_id=pad))

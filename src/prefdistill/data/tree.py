@@ -37,6 +37,19 @@ class Tree:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a tree stands in a row: its first token, and the lengths of its prompt and of its responses."""
+
+    start: int
+    prompt: int
+    responses: tuple[int, ...]
+
+    @property
+    def end(self) -> int:
+        return self.start + self.prompt + sum(self.responses)
+
+
+@dataclass(frozen=True)
 class TreeBatch:
     """Tensors of B rows; R responses in order of the trees; N response tokens in order of the responses.
 
@@ -48,7 +61,9 @@ class TreeBatch:
         target: [N] the response tokens.
         response_of: [N] the response that each token belongs to.
         last: [R] flat index of the position whose hidden state stands for the response in a reward head.
-        kind: "tree", or "plain" where every row is one prompt and one response (the fallback and the proof).
+        kind: "packed" where one row holds all trees, one after the other, without padding; "tree" where every row is a
+            tree; "plain" where every row is one prompt and one response (the fallback and the proof).
+        places: where the trees of a packed row stand; () otherwise.
     """
 
     input_ids: Tensor
@@ -58,7 +73,8 @@ class TreeBatch:
     target: Tensor
     response_of: Tensor
     last: Tensor
-    kind: Literal["tree", "plain"] = "tree"
+    kind: Literal["packed", "tree", "plain"] = "tree"
+    places: tuple[Place, ...] = ()
 
     @property
     def responses(self) -> int:
@@ -70,7 +86,7 @@ class TreeBatch:
         return int((self.segments != PAD_SEGMENT).sum())
 
     def to(self, device: torch.device | str) -> TreeBatch:
-        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "kind"}
+        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name not in ("kind", "places")}
         return replace(self, **moved)
 
 
@@ -83,24 +99,29 @@ def collate_trees(trees: Sequence[Tree], *, pad_id: int, pool_pad_id: int | None
         pool_pad_id: a reward model's `config.pad_token_id`: transformers pools at the last token that is not it, so
             `last` does too (None: the response's last token).
     """
-    return _collate([(t.prompt_ids, t.responses) for t in trees], pad_id, pool_pad_id, "tree")
+    return _collate([[(t.prompt_ids, t.responses)] for t in trees], pad_id, pool_pad_id, "tree")
+
+
+def collate_packed(trees: Sequence[Tree], *, pad_id: int, pool_pad_id: int | None = None) -> TreeBatch:
+    """All trees in one row, no padding; who sees whom is told by `places`, as `tree_mask` knows one tree a row only."""
+    return _collate([[(t.prompt_ids, t.responses) for t in trees]], pad_id, pool_pad_id, "packed")
 
 
 def collate_plain(trees: Sequence[Tree], *, pad_id: int, pool_pad_id: int | None = None) -> TreeBatch:
     """One row a response, the prompt repeated; the same R and N as `collate_trees`."""
-    rows = [(t.prompt_ids, (r,)) for t in trees for r in t.responses]
+    rows = [[(t.prompt_ids, (r,))] for t in trees for r in t.responses]
     return _collate(rows, pad_id, pool_pad_id, "plain")
 
 
 def _collate(
-    rows: Sequence[tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]],
+    rows: Sequence[Sequence[tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]]],
     pad_id: int,
     pool_pad_id: int | None,
-    kind: Literal["tree", "plain"],
+    kind: Literal["packed", "tree", "plain"],
 ) -> TreeBatch:
-    if not rows:
+    if not rows or not rows[0]:
         raise ValueError("a batch needs at least one tree")
-    width = max(len(p) + sum(map(len, rs)) for p, rs in rows)
+    width = max(sum(len(p) + sum(map(len, rs)) for p, rs in row) for row in rows)
     input_ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
     position_ids = torch.zeros((len(rows), width), dtype=torch.long)
     segments = torch.full((len(rows), width), PAD_SEGMENT, dtype=torch.long)
@@ -108,23 +129,29 @@ def _collate(
     target: list[int] = []
     response_of: list[int] = []
     last: list[int] = []
-    for b, (prompt, responses) in enumerate(rows):
-        p, base = len(prompt), b * width
-        input_ids[b, :p] = torch.tensor(prompt)
-        position_ids[b, :p] = torch.arange(p)
-        segments[b, :p] = PROMPT_SEGMENT
-        start = p
-        for number, response in enumerate(responses, start=1):
-            n = len(response)
-            span = slice(start, start + n)
-            input_ids[b, span] = torch.tensor(response)
-            position_ids[b, span] = torch.arange(p, p + n)
-            segments[b, span] = number
-            source.extend([base + p - 1, *range(base + start, base + start + n - 1)])
-            target.extend(response)
-            response_of.extend([len(last)] * n)
-            last.append(base + _pool_position(prompt, response, start, pool_pad_id))
-            start += n
+    places: list[Place] = []
+    for b, row in enumerate(rows):
+        base, start = b * width, 0
+        for prompt, responses in row:
+            p = len(prompt)
+            places.append(Place(start, p, tuple(map(len, responses))))
+            root = slice(start, start + p)
+            input_ids[b, root] = torch.tensor(prompt)
+            position_ids[b, root] = torch.arange(p)
+            segments[b, root] = PROMPT_SEGMENT
+            end = base + start + p - 1  # of the prompt: it predicts every response's first token
+            start += p
+            for number, response in enumerate(responses, start=1):
+                n = len(response)
+                span = slice(start, start + n)
+                input_ids[b, span] = torch.tensor(response)
+                position_ids[b, span] = torch.arange(p, p + n)
+                segments[b, span] = number
+                source.extend([end, *range(base + start, base + start + n - 1)])
+                target.extend(response)
+                response_of.extend([len(last)] * n)
+                last.append(_pool_position(prompt, response, end - p + 1, base + start, pool_pad_id))
+                start += n
     return TreeBatch(
         input_ids=input_ids,
         position_ids=position_ids,
@@ -134,17 +161,21 @@ def _collate(
         response_of=torch.tensor(response_of),
         last=torch.tensor(last),
         kind=kind,
+        places=tuple(places) if kind == "packed" else (),
     )
 
 
-def _pool_position(prompt: tuple[int, ...], response: tuple[int, ...], start: int, pool_pad_id: int | None) -> int:
+def _pool_position(
+    prompt: tuple[int, ...], response: tuple[int, ...], root: int, start: int, pool_pad_id: int | None
+) -> int:
+    """Flat index of the last token that is not the pad token; `root` and `start` are those of prompt and response."""
     for i in range(len(response) - 1, -1, -1):
         if response[i] != pool_pad_id:
             return start + i
     for i in range(len(prompt) - 1, -1, -1):
         if prompt[i] != pool_pad_id:
-            return i
-    return 0
+            return root + i
+    return root
 
 
 def tree_mask(segments: Tensor, position_ids: Tensor, *, window: int | None = None) -> Tensor:

@@ -1,6 +1,7 @@
 """The one forward: a tree batch goes once through a model, log-probs or rewards of its responses come out.
 
-It uses what every attention model of transformers accepts, a 4-D mask and position ids, so a new family costs nothing.
+It uses what every attention model of transformers accepts: position ids, and either an attention function of its own
+(trees packed into one row, no padding, on a CPU) or a 4-D mask (a padded row a tree). So a new family costs nothing.
 Whether a model honours them is measured, not looked up: a probe compares its tree forward with its plain forward and
 checks that one response cannot see another. A model that fails (state-space, hybrid, ALiBi, FlashAttention) takes the
 plain path, one sequence a response, and the log says so once.
@@ -10,22 +11,23 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from prefdistill.data.tree import Tree, TreeBatch, collate_plain, collate_trees, tree_mask
+from prefdistill.data.tree import Tree, TreeBatch, collate_packed, collate_plain, collate_trees, tree_mask
 from prefdistill.errors import ConfigError
+from prefdistill.models.attention import carrier_mask, give_back, take_over
 from prefdistill.models.backbone import backbone_of, device_of, unwrap
+from prefdistill.models.head import Scaling, head_logps
+from prefdistill.models.norms import lighten_norms
 
 logger = logging.getLogger(__name__)
 
-Path = Literal["tree", "plain"]
-HEAD_CHUNK = 256
+Path = Literal["packed", "tree", "plain"]
 PROBE_WINDOW = 4
 
 
@@ -34,7 +36,8 @@ class TreeModel:
 
     Args:
         model: a causal language model, or a sequence classifier with one label and a head named `score`.
-        path: "tree", "plain", or None to probe the model (two tiny forwards).
+        path: "packed", "tree", "plain", or None to probe the model (some tiny forwards) for the first of them that it
+            can go; packed is for CPUs.
     """
 
     def __init__(self, model: nn.Module, *, path: Path | None = None) -> None:
@@ -49,14 +52,16 @@ class TreeModel:
             self.path, self._mask_form = _probe(self)
         else:
             self.path = path
-            if path == "tree":
+            if path == "packed" and not take_over(self.core):
+                raise ConfigError(f"{type(self.core).__name__} cannot take the packed path: it does not attend by sdpa")
+            if path != "plain":
                 self._mask_form = _mask_forms(self.config)[0]
+        lighten_norms(self.backbone)  # for scoring as for training: a policy's first margins are zero to the bit
         self._own_logits = not _head_is_known(self)
 
     def collate(self, trees: Sequence[Tree], *, pool_pad_id: int | None = None) -> TreeBatch:
         """The batch that this model's path reads, on its device."""
-        collate = collate_trees if self.path == "tree" else collate_plain
-        return collate(trees, pad_id=self.pad_id, pool_pad_id=pool_pad_id).to(device_of(self.model))
+        return _COLLATE[self.path](trees, pad_id=self.pad_id, pool_pad_id=pool_pad_id).to(device_of(self.model))
 
     def hidden(self, batch: TreeBatch) -> Tensor:
         """Final hidden states, [B * T, H]."""
@@ -84,6 +89,8 @@ class TreeModel:
 
         def mask_of(layer_type: str) -> Tensor:
             w = window if layer_type == "sliding_attention" else None
+            if batch.kind == "packed":
+                return carrier_mask(batch.places, window=w, device=batch.input_ids.device)
             return self._as_bias(tree_mask(batch.segments, batch.position_ids, window=w))
 
         if self._mask_form == "by layer type":
@@ -106,7 +113,8 @@ class TreeModel:
         if self._own_logits:
             return self._model_token_logps(batch)
         hidden = self.hidden(batch) if hidden is None else hidden
-        return chunked_token_logps(self.core, self.config, hidden[batch.source], batch.target)
+        head = self.core.get_output_embeddings()
+        return head_logps(head, Scaling.of(self.config), hidden[batch.source], batch.target)
 
     def _model_token_logps(self, batch: TreeBatch) -> Tensor:
         logits = self.core(**self._inputs(batch)).logits.flatten(0, 1)[batch.source].float()
@@ -137,34 +145,11 @@ class TreeModel:
             return self.core.score(pooled.to(dtype))[:, 0].float()
 
 
-def chunked_token_logps(core: Any, config: Any, hidden: Tensor, targets: Tensor, chunk: int = HEAD_CHUNK) -> Tensor:
-    """log softmax(head(hidden))[target], [N] float32, in chunks whose logits the backward pass computes again.
-
-    Only one chunk's [chunk, vocabulary] logits are in memory at a time. Follows what models do to their logits:
-    Gemma's `final_logit_softcapping`, Granite's `logits_scaling`, Cohere's `logit_scale`.
-    """
-    head = core.get_output_embeddings()
-    softcap = getattr(config, "final_logit_softcapping", None)
-    divide = getattr(config, "logits_scaling", None)
-    multiply = getattr(config, "logit_scale", None)
-
-    def piece(h: Tensor, t: Tensor) -> Tensor:
-        logits = head(h).float()
-        if divide is not None:
-            logits = logits / divide
-        if multiply is not None:
-            logits = logits * multiply
-        if softcap is not None:
-            logits = torch.tanh(logits / softcap) * softcap
-        return logits.gather(1, t[:, None])[:, 0] - torch.logsumexp(logits, dim=1)
-
-    parts = []
-    for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-        if torch.is_grad_enabled():
-            parts.append(checkpoint(piece, h, t, use_reentrant=False))
-        else:
-            parts.append(piece(h, t))
-    return torch.cat(parts)
+_COLLATE: dict[str, Callable[..., TreeBatch]] = {
+    "packed": collate_packed,
+    "tree": collate_trees,
+    "plain": collate_plain,
+}
 
 
 # -- which path a model takes --------------------------------------------------------------------------------------
@@ -172,8 +157,10 @@ def chunked_token_logps(core: Any, config: Any, hidden: Tensor, targets: Tensor,
 
 @dataclass(frozen=True)
 class _Probe:
-    batch: TreeBatch
-    other: TreeBatch
+    """Two trees; the same with another first response, which nothing else may see; one sequence a response."""
+
+    trees: list[Tree]
+    other: list[Tree]
     plain: TreeBatch
 
 
@@ -204,26 +191,28 @@ def _probe(model: TreeModel) -> tuple[Path, str]:
     v = int(model.config.vocab_size)
     ids = [(7 * i + 3) % v for i in range(24)]
     prompt, a, b = tuple(ids[:9]), tuple(ids[9:16]), tuple(ids[16:22])
-    other = tuple((i + v // 2 + 1) % v for i in a)
-    trees, changed = [Tree(prompt, (a, b))], [Tree(prompt, (other, b))]
-    device = device_of(model.model)
-    probe = _Probe(
-        collate_trees(trees, pad_id=model.pad_id).to(device),
-        collate_trees(changed, pad_id=model.pad_id).to(device),
-        collate_plain(trees, pad_id=model.pad_id).to(device),
-    )
+    changed, second = tuple((i + v // 2 + 1) % v for i in a), Tree(b, (prompt[:3],))
+    trees = [Tree(prompt, (a, b)), second]
+    plain = collate_plain(trees, pad_id=model.pad_id).to(device_of(model.model))
+    probe = _Probe(trees, [Tree(prompt, (changed, b)), second], plain)
     training = model.model.training
     model.model.eval()
     reasons = []
     try:
         with torch.no_grad(), _small_window(model.config):
             truth = model.hidden(probe.plain)[probe.plain.source].float()
-            for form in _mask_forms(model.config):
-                model._mask_form = form
-                reason = _mismatch(model, probe, truth)
-                if reason is None:
-                    return "tree", form
-                reasons.append(f"{form}: {reason}")
+            for path in _paths(model):
+                model.path = path
+                for form in _mask_forms(model.config):
+                    model._mask_form = form
+                    reason = _mismatch(model, probe, truth)
+                    if reason is None:
+                        return path, form
+                    reasons.append(f"{form}: {reason}")
+                if path == "packed":
+                    logger.info("%s: trees are padded, not packed (%s)", type(model.core).__name__, "; ".join(reasons))
+                    give_back(model.core)
+                    reasons.clear()
     finally:
         model.model.train(training)
     logger.warning(
@@ -235,6 +224,12 @@ def _probe(model: TreeModel) -> tuple[Path, str]:
         else "",
     )
     return "plain", "plain"
+
+
+def _paths(model: TreeModel) -> list[Path]:
+    # On a GPU a padded batch under one kernel beats many small blocks.
+    packs = device_of(model.model).type == "cpu" and take_over(model.core)
+    return ["packed", "tree"] if packs else ["tree"]
 
 
 def _head_is_known(model: TreeModel) -> bool:
@@ -271,13 +266,14 @@ def _head_is_known(model: TreeModel) -> bool:
 def _mismatch(model: TreeModel, probe: _Probe, truth: Tensor) -> str | None:
     """Why the tree forward is not the plain forward for this model, or None if it is."""
     try:
-        tree = model.hidden(probe.batch)[probe.batch.source].float()
-        other = model.hidden(probe.other)[probe.other.source].float()
+        batch, changed = model.collate(probe.trees), model.collate(probe.other)
+        tree = model.hidden(batch)[batch.source].float()
+        other = model.hidden(changed)[changed.source].float()
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError, NotImplementedError) as error:
         # A model that refuses a 4-D mask says so in its own words; they go into the log line.
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    second = probe.batch.response_of == 1
-    if not torch.equal(tree[second], other[second]):
+    same = batch.response_of > 0
+    if not torch.equal(tree[same], other[same]):
         return "a response sees its sibling"
     dtype = next(model.backbone.parameters()).dtype
     tolerance = 1e-3 if dtype == torch.float32 else 0.1

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from prefdistill.data.tree import Tree, TreeBatch
 from prefdistill.errors import ConfigError
+from prefdistill.models.allocator import keep_freed_memory
 from prefdistill.models.forward import TreeModel
 
 Item = Mapping[str, Any]
@@ -65,6 +66,8 @@ class TreeTrainer(transformers.Trainer):
         if not self.dropout:
             without_dropout(model)
         self.tree_model = TreeModel(model)
+        if args.device.type == "cpu":
+            keep_freed_memory()
 
         def collate(items: Sequence[Item]) -> dict[str, Any]:
             trees: list[Tree] = [item["tree"] for item in items]

@@ -1,0 +1,37 @@
+"""What glibc's allocator does with freed memory: by default it goes back to the kernel at every step, and comes again.
+
+A training step frees and asks for gigabytes in large pieces; zeroing their pages anew cost a quarter of a step's time
+on the machine where it was measured (benchmarks/RESULTS.md).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from functools import lru_cache
+
+logger = logging.getLogger(__name__)
+
+# <malloc.h>; the values are part of glibc's interface.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+LARGE = 2**30
+SET_BY_USER = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES", "LD_PRELOAD")
+
+
+@lru_cache(maxsize=1)
+def keep_freed_memory() -> bool:
+    """Lets this process keep what it frees and use it again; says whether that was done.
+
+    Only with glibc, and not where the environment already sets the allocator (MALLOC_..., GLIBC_TUNABLES, LD_PRELOAD).
+    """
+    if any(name in os.environ for name in SET_BY_USER):
+        return False
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        set_option = libc.mallopt
+    except (OSError, AttributeError):
+        return False  # macOS, Windows, musl: their allocators are their own
+    done = bool(set_option(M_MMAP_THRESHOLD, LARGE)) and bool(set_option(M_TRIM_THRESHOLD, 2**31 - 1))
+    logger.debug("freed memory is kept: %s", done)
+    return done

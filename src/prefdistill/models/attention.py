@@ -1,0 +1,232 @@
+"""Attention over trees packed into one row: every block of queries meets the keys that it may see, and no others.
+
+transformers hands a registered attention function the heads' queries, keys and values and the mask that the caller
+gave to the model. Here that mask is one empty cell that carries the trees' places; without them the function is
+transformers' own `sdpa`. No [T, T] mask is made: a prompt's queries go in blocks over the keys before them (the upper
+triangle is never computed), a tree's responses over their prompt and themselves. A backward pass computes a block's
+probabilities again, so that memory grows with tokens, not with their square.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from prefdistill.data.tree import Place
+
+NAME = "prefdistill"  # of the attention function in transformers' registry
+QUERIES = 128  # a block's
+
+
+@dataclass(frozen=True)
+class Block:
+    """Queries [start, stop) of a row that see its keys [first, middle) and [own, stop), but for what is hidden.
+
+    Attributes:
+        first, middle: of the prompt that a response goes on from; empty for the prompt's own queries.
+        own: where the queries' own prompt or responses begin.
+        hidden: [queries, n], True = unseen: over the last n of the keys, all before them are seen.
+    """
+
+    start: int
+    stop: int
+    first: int
+    middle: int
+    own: int
+    hidden: Tensor
+
+    def of(self, x: Tensor) -> Tensor:
+        """The keys' part of [heads, tokens, d]."""
+        own = x[:, self.own : self.stop]
+        return own if self.first == self.middle else torch.cat([x[:, self.first : self.middle], own], 1)
+
+    def add_to(self, total: Tensor, part: Tensor) -> None:
+        """Adds what `of` took, [heads, keys, d], to its places in [heads, tokens, d]."""
+        before = self.middle - self.first
+        if before:
+            total[:, self.first : self.middle] += part[:, :before]
+        total[:, self.own : self.stop] += part[:, before:]
+
+
+def blocks_of(places: Sequence[Place], *, window: int | None = None, device: Any = None) -> list[Block]:
+    """The blocks of a packed row.
+
+    Args:
+        window: sliding window in tokens along a path, as in `prefdistill.data.tree.tree_mask`.
+    """
+    blocks = []
+    for place in places:
+        prompt = place.prompt
+        blocks += _blocks(place.start, [prompt], 0, place.start, window)
+        start = place.start + prompt
+        for group in _groups(place.responses):
+            blocks += _blocks(start, group, prompt, place.start, window)
+            start += sum(group)
+    return [dataclasses.replace(b, hidden=b.hidden.to(device)) for b in blocks]
+
+
+def _groups(lengths: Sequence[int]) -> list[list[int]]:
+    """Neighbouring responses that fit into one block together; a longer one stands alone."""
+    groups: list[list[int]] = []
+    for n in lengths:
+        if groups and sum(groups[-1]) + n <= QUERIES:
+            groups[-1].append(n)
+        else:
+            groups.append([n])
+    return groups
+
+
+def _blocks(start: int, lengths: Sequence[int], before: int, root: int, window: int | None) -> list[Block]:
+    """Blocks of neighbouring segments that all go on from `before` tokens at `root`."""
+    position = torch.cat([torch.arange(before, before + n) for n in lengths])
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    found = []
+    for a in range(0, len(position), QUERIES):
+        b = min(len(position), a + QUERIES)
+        query, key = position[a:b, None], position[None, :b]
+        hidden = (query < key) | (owner[a:b, None] != owner[None, :b])
+        if window is not None:
+            hidden = torch.cat([query - torch.arange(before)[None] >= window, hidden | (query - key >= window)], 1)
+        elif len(lengths) == 1:
+            hidden = hidden[:, a:]  # all earlier keys are seen
+        found.append(Block(start + a, start + b, root, root + before, start, hidden))
+    return found
+
+
+class Carrier:
+    """What the packed row's mask carries: its blocks, made once for all layers."""
+
+    def __init__(self, places: Sequence[Place], window: int | None, device: torch.device) -> None:
+        self.blocks = blocks_of(places, window=window, device=device)
+
+
+def carrier_mask(places: Sequence[Place], *, window: int | None, device: torch.device) -> Tensor:
+    """A mask to give to a model whose attention is this module's: [1, 1, 1, 1], with the blocks as an attribute."""
+    mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
+    mask.carrier = Carrier(places, window, device)  # type: ignore[attr-defined]
+    return mask
+
+
+def take_over(core: nn.Module) -> bool:
+    """Makes a model attend by this module where it attended by `sdpa`; says whether it does.
+
+    To every other mask the model answers as before.
+    """
+    core_: Any = core
+    if core_.config.get_text_config()._attn_implementation == "sdpa":
+        core_.set_attn_implementation(NAME)
+    return bool(core_.config.get_text_config()._attn_implementation == NAME)
+
+
+def give_back(core: nn.Module) -> None:
+    """Undoes `take_over`."""
+    core_: Any = core
+    core_.set_attn_implementation("sdpa")
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls.
+
+    Args:
+        query: [1, heads, tokens, d]; key and value: [1, key heads, tokens, d].
+        attention_mask: from `carrier_mask`, or any that `sdpa` accepts.
+
+    Raises:
+        ValueError: the mask has lost its places on the way, or the layer asks for what is not done here (soft caps,
+            sinks, biases).
+    """
+    carrier: Carrier | None = getattr(attention_mask, "carrier", None)
+    if carrier is None:
+        if attention_mask is not None and attention_mask.shape[-1] == 1 < key.shape[2]:
+            raise ValueError("the packed row's mask has lost its places on the way through the model")
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    for name in ("softcap", "s_aux", "position_bias", "cache"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"attention over packed trees does not know {name}")
+    heads, tokens, width = query.shape[1:]
+    groups = key.shape[1]
+    scale = width**-0.5 if scaling is None else scaling
+    kind = query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+    with torch.autocast(kind, enabled=False):  # the backward pass has none either
+        q = (query[0].to(dtype) * scale).view(groups, heads // groups, tokens, width)
+        k, v = key[0].to(dtype), value[0].to(dtype)
+        if dropout > 0:
+            out = _with_dropout(q, k, v, carrier.blocks, dropout)
+        else:
+            out = _Attention.apply(q, k, v, carrier.blocks)
+    return out.reshape(heads, tokens, value.shape[-1]).transpose(0, 1).unsqueeze(0), None
+
+
+def _probabilities(q: Tensor, k: Tensor, hidden: Tensor) -> Tensor:
+    """[key heads, query heads of each * queries, keys] from q [key heads, query heads of each, queries, d]."""
+    groups, share, n, width = q.shape
+    scores = q.reshape(groups, share * n, width) @ k.transpose(1, 2)
+    seen = scores.shape[2] - hidden.shape[1]
+    scores.view(groups, share, n, -1)[..., seen:].masked_fill_(hidden, float("-inf"))
+    return scores.softmax(-1)
+
+
+class _Attention(torch.autograd.Function):
+    """softmax(q k') v by blocks; only q, k and v are kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: list[Block]) -> Tensor:
+        out = q.new_empty((*q.shape[:3], v.shape[2]))
+        for block in blocks:
+            rows = slice(block.start, block.stop)
+            p = _probabilities(q[:, :, rows], block.of(k), block.hidden)
+            part = out[:, :, rows]
+            part.copy_((p @ block.of(v)).view_as(part))
+        ctx.save_for_backward(q, k, v)
+        ctx.blocks = blocks
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v = ctx.saved_tensors
+        sums = torch.float64 if q.dtype == torch.float64 else torch.float32
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=sums), torch.zeros_like(v, dtype=sums)
+        for block in ctx.blocks:
+            part = q[:, :, block.start : block.stop]
+            flat = part.reshape(part.shape[0], -1, part.shape[3])
+            g = grad[:, :, block.start : block.stop].reshape(*flat.shape[:2], v.shape[2])
+            keys, values = block.of(k), block.of(v)
+            p = _probabilities(part, keys, block.hidden)
+            block.add_to(dv, p.transpose(1, 2) @ g)
+            ds = torch._softmax_backward_data(g @ values.transpose(1, 2), p, -1, p.dtype)
+            dq[:, :, block.start : block.stop] = (ds @ keys).view_as(part)
+            block.add_to(dk, ds.transpose(1, 2) @ flat)
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None
+
+
+def _with_dropout(q: Tensor, k: Tensor, v: Tensor, blocks: list[Block], rate: float) -> Tensor:
+    parts = []
+    for block in blocks:
+        part = q[:, :, block.start : block.stop]
+        p = nn.functional.dropout(_probabilities(part, block.of(k), block.hidden), rate)
+        parts.append((p @ block.of(v)).view(*part.shape[:3], v.shape[2]))
+    return torch.cat(parts, 2)
+
+
+# Blocks stand in the row's order, one after the other: what `_with_dropout` puts together is the row.
+transformers.AttentionInterface.register(NAME, attend)
+transformers.AttentionMaskInterface.register(NAME, sdpa_mask)

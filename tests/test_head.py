@@ -1,0 +1,91 @@
+"""Log-probs of the chunked head against float64 and torch's own gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from prefdistill.models import head as module
+from prefdistill.models.head import Scaling, head_logps
+
+N, H, V = 23, 7, 31
+SCALINGS = [Scaling(), Scaling(factor=0.3), Scaling(cap=2.0), Scaling(factor=1.7, cap=3.0)]
+
+
+class Other(nn.Linear):
+    """A head that is no plain linear layer as far as the type tells: it is asked for its logits."""
+
+
+def draw(bias, kind=nn.Linear):
+    torch.manual_seed(0)
+    head = kind(H, V, bias=bias)
+    hidden = (3 * torch.randn(N, H)).requires_grad_()
+    return head, hidden, torch.randint(0, V, (N,)), torch.randn(N)
+
+
+def truth(head, hidden, targets, scaling):
+    logits = hidden.double() @ head.weight.double().T
+    if head.bias is not None:
+        logits = logits + head.bias.double()
+    logits = logits * scaling.factor
+    if scaling.cap is not None:
+        logits = torch.tanh(logits / scaling.cap) * scaling.cap
+    return logits.log_softmax(1)[torch.arange(N), targets]
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Other])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("scaling", SCALINGS, ids=str)
+@pytest.mark.parametrize("at_once", [2**25, 5 * V, 1])
+def test_values_and_gradients(kind, bias, scaling, at_once, monkeypatch):
+    monkeypatch.setattr(module, "LOGITS_AT_ONCE", at_once)
+    head, hidden, targets, weights = draw(bias, kind)
+    ours = head_logps(head, scaling, hidden, targets)
+    expected = truth(head, hidden, targets, scaling)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours.double(), expected, atol=1e-5, rtol=1e-5)
+    over = [hidden, *head.parameters()]
+    for mine, theirs in zip(
+        torch.autograd.grad((ours * weights).sum(), over),
+        torch.autograd.grad((expected * weights).sum(), over),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_only_what_is_trained_gets_a_gradient():
+    head, hidden, targets, _ = draw(True)
+    head.requires_grad_(False)
+    head_logps(head, Scaling(), hidden, targets).sum().backward()
+    assert hidden.grad is not None
+    assert head.weight.grad is None
+
+
+def test_autocast_multiplies_in_bfloat16_and_sums_in_float32():
+    head, hidden, targets, weights = draw(False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = head_logps(head, Scaling(), hidden, targets)
+    (ours * weights).sum().backward()
+    with torch.no_grad():
+        rounded = (hidden.bfloat16() @ head.weight.bfloat16().T).float().log_softmax(1)[torch.arange(N), targets]
+    torch.testing.assert_close(ours, rounded)
+    assert ours.dtype == head.weight.grad.dtype == hidden.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 100])
+def test_pieces_are_of_about_one_size(n, monkeypatch):
+    monkeypatch.setattr(module, "LOGITS_AT_ONCE", 8 * V)
+    sizes = [s.stop - s.start for s in module._pieces(n, nn.Linear(H, V))]
+    assert sum(sizes) == n
+    assert max(sizes) <= 8
+    assert max(sizes) - min(sizes) < len(sizes) or len(sizes) == 1
+
+
+def test_a_head_with_a_hook_is_called():
+    head, hidden, targets, _ = draw(False)
+    seen = []
+    head.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    ours = head_logps(head, Scaling(), hidden, targets)
+    assert seen == [(N, V)]
+    torch.testing.assert_close(ours.double(), truth(head, hidden, targets, Scaling()), atol=1e-5, rtol=1e-5)
