@@ -16,6 +16,7 @@ from prefdistill import pipeline
 from prefdistill.data.text_pairs import PairEncoder
 from prefdistill.data.tree import Tree
 from prefdistill.errors import ConfigError
+from prefdistill.models.adapters import Classifiers
 from prefdistill.models.loading import load_classifier, reads_text_pairs
 from prefdistill.models.sequence import SequenceModel
 from prefdistill.scoring import Column, fill_columns, rewards_forward
@@ -151,7 +152,7 @@ def test_an_adapter_on_an_encoder_is_an_encoder(encoder_folder, tmp_path):
     get_peft_model(base, lora).save_pretrained(tmp_path / "adapter")
     words_of(encoder_folder).save_pretrained(tmp_path / "adapter")
     assert reads_text_pairs(str(tmp_path / "adapter"))
-    model = SequenceModel(load_classifier(str(tmp_path / "adapter")).eval())
+    model = SequenceModel(Classifiers().load(str(tmp_path / "adapter")))
     encoder = PairEncoder(words_of(encoder_folder), max_tokens=LONGEST, max_prompt_tokens=99, max_response_tokens=20)
     tree = Tree(encoder.prompt_ids("Describe :").ids, (encoder.response_ids("Describe :", "blue red"),))
     with torch.no_grad():

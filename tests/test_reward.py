@@ -19,6 +19,7 @@ from transformers import TrainingArguments
 import plain
 from prefdistill.data.tree import Tree
 from prefdistill.errors import ConfigError
+from prefdistill.models.adapters import Classifiers
 from prefdistill.models.forward import TreeModel
 from prefdistill.models.loading import (
     add_lora,
@@ -253,7 +254,7 @@ def test_a_saved_adapter_gives_the_same_rewards(tmp_path):
     save_adapter(model, tokenizer, tmp_path / "here", str(tmp_path / "base"))
     folder = (tmp_path / "here").rename(tmp_path / "there")
     assert not list(folder.glob("model*.safetensors"))
-    loaded = load_classifier(str(folder)).eval()
+    loaded = Classifiers().load(str(folder))
     assert loaded.config.pad_token_id == pad != 2
     with torch.no_grad():
         tree_model = TreeModel(loaded)

@@ -42,7 +42,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ConfigError(_not_loaded("tokenizer", name, error)) from error
+        raise ConfigError(not_loaded("tokenizer", name, error)) from error
 
 
 def load_policy(name: str, *, trust_remote_code: bool = False) -> nn.Module:
@@ -65,8 +65,8 @@ def load_policy(name: str, *, trust_remote_code: bool = False) -> nn.Module:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, trust_remote_code=trust_remote_code
         )
-    except _UNREADABLE as error:
-        raise ConfigError(_not_loaded("model", name, error)) from error
+    except UNREADABLE as error:
+        raise ConfigError(not_loaded("model", name, error)) from error
     return model
 
 
@@ -80,7 +80,7 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
     try:
         return transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ConfigError(_not_loaded("model", name, error)) from error
+        raise ConfigError(not_loaded("model", name, error)) from error
 
 
 def positions(config: Any) -> int:
@@ -106,28 +106,20 @@ def generation_ends(name: str) -> tuple[int, ...]:
 
 
 def load_classifier(name: str, *, trust_remote_code: bool = False) -> nn.Module:
-    """A reward model: a sequence classifier with one label, by folder, hub id or PEFT adapter folder.
+    """A reward model: a sequence classifier with one label, by folder or hub id.
+
+    Adapters are loaded by `prefdistill.models.adapters.Classifiers`.
 
     Raises:
         ConfigError: it cannot be found, its folder lacks weights, or it has another number of labels than one.
     """
-    lacking: Any = ()
     try:
-        if is_adapter(name):
-            from peft import AutoPeftModelForSequenceClassification
-
-            model = AutoPeftModelForSequenceClassification.from_pretrained(name, num_labels=1, dtype=torch.float32)
-            model = model.merge_and_unload()
-            # An adapter folder keeps no model configuration; where rewards are read hangs on the pad token.
-            pad = load_tokenizer(name, trust_remote_code=trust_remote_code).pad_token_id
-            model.config.pad_token_id = model.config.pad_token_id if pad is None else pad
-        else:
-            model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
-                name, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True
-            )
-            lacking = info["missing_keys"]
-    except _UNREADABLE as error:
-        raise ConfigError(_not_loaded("reward model", name, error)) from error
+        model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+            name, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+    except UNREADABLE as error:
+        raise ConfigError(not_loaded("reward model", name, error)) from error
+    lacking = info["missing_keys"]
     if lacking:
         # transformers would fill them with random numbers, and say so in a log line only.
         raise ConfigError(
@@ -143,7 +135,8 @@ def load_classifier(name: str, *, trust_remote_code: bool = False) -> nn.Module:
 
 def has_score_head(model: Any) -> bool:
     """Whether rewards are a linear head `score` on a causal model's hidden states; encoders have heads of their own."""
-    return isinstance(getattr(model, "score", None), nn.Linear)
+    score = getattr(model, "score", None)
+    return isinstance(getattr(score, "original_module", score), nn.Linear)  # PEFT wraps a head that it trains
 
 
 def reads_text_pairs(name: str, *, trust_remote_code: bool = False) -> bool:
@@ -186,7 +179,7 @@ def _check_head(model: Any, name: str) -> None:
 _COUNT_FROM_PAD = ("roberta", "xlm-roberta", "camembert", "longformer", "mpnet")
 
 # What loading raises for a folder or hub id that cannot be read, broken weights among them.
-_UNREADABLE = (OSError, ValueError, SafetensorError)
+UNREADABLE = (OSError, ValueError, SafetensorError)
 
 
 def is_adapter(name: str) -> bool:
@@ -198,7 +191,7 @@ def adapter_base(name: str) -> str:
     return str(json.loads((Path(name) / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"])
 
 
-def _not_loaded(what: str, name: str, error: Exception) -> str:
+def not_loaded(what: str, name: str, error: Exception) -> str:
     reason = str(error).strip().splitlines()
     return (
         f"the {what} {name!r} cannot be loaded ({reason[0] if reason else type(error).__name__}); give a folder in "
@@ -283,8 +276,8 @@ def new_classifier(base: str, pad_id: int | None, *, trust_remote_code: bool = F
             model = transformers.AutoModelForSequenceClassification.from_pretrained(
                 base, num_labels=1, dtype=torch.float32, trust_remote_code=trust_remote_code
             )
-        except _UNREADABLE as error:
-            raise ConfigError(_not_loaded("base of a reward model", base, error)) from error
+        except UNREADABLE as error:
+            raise ConfigError(not_loaded("base of a reward model", base, error)) from error
         _check_head(model, base)
     model.config.pad_token_id = pad_id
     with torch.no_grad():

@@ -104,9 +104,10 @@ def _add_ensemble(run: Run, facts: dict[str, dict[str, Any]]) -> None:
 def fill_sample_rewards(run: Run) -> None:
     """Every member's rewards of the reference's samples and of those of the methods that distil rewards."""
     groups, drawn = held_out_groups(run), _drawn(run)
+    classifiers = run.classifiers()
     for k, folder in enumerate(member_folders(run)):
         trees = [t for d in drawn.values() for t in _trees(run, folder, groups, d)]
-        fill_rewards_of(run, reward_column(run, k, folder), folder, trees)
+        fill_rewards_of(run, reward_column(run, k, folder), folder, trees, classifiers)
 
 
 def sample_rewards(run: Run) -> dict[str, list[np.ndarray]]:

@@ -32,7 +32,7 @@ def _judge(
     folder = str(run.judge_path) if name == "heldout" else name
     trees = response_trees(encoder_of(run, folder), groups, texts, finished)
     column = run.column(f"judge-{who}", model_fingerprint(folder, run.precision))
-    fill_rewards(run, column, folder, trees)
+    fill_rewards(run, column, folder, trees, run.classifiers())
     return np.stack([column.of(t) for t in trees])
 
 

@@ -21,9 +21,9 @@ from prefdistill.data.text_pairs import PairEncoder
 from prefdistill.data.tokenise import Encoder
 from prefdistill.data.tree import Tree
 from prefdistill.errors import ConfigError
+from prefdistill.models.adapters import Classifiers
 from prefdistill.models.loading import (
     add_lora,
-    load_classifier,
     new_classifier,
     save_adapter,
     save_head,
@@ -319,12 +319,13 @@ def make_rewards(run: Run) -> tuple[list[Path], str]:
     references = reference_columns(run)
     computed = total = 0
     columns = []
+    classifiers = run.classifiers()
     for k, folder in enumerate(folders):
         column = reward_column(run, k, folder)
         trees = member_trees(run, groups, encoder_of(run, folder))
         total += sum(len(t.responses) for t in trees)
         columns.append(column)
-        computed += fill_rewards_of(run, column, folder, trees)
+        computed += fill_rewards_of(run, column, folder, trees, classifiers)
     scored = run.root / "data" / "scored.parquet"
     logps = references["logps"]
     write_scored(scored, groups, [logps.of(g.tree) for g in groups], member_rewards(run, groups))
@@ -332,20 +333,20 @@ def make_rewards(run: Run) -> tuple[list[Path], str]:
     return [*_files(columns), scored], said
 
 
-def fill_rewards_of(run: Run, column: Column, folder: str, trees: Sequence[Tree]) -> int:
+def fill_rewards_of(run: Run, column: Column, folder: str, trees: Sequence[Tree], classifiers: Classifiers) -> int:
     """A member's rewards for what its column lacks, from the reference's features where it is a head on them."""
     features = reference_columns(run).get("features")
     if features is not None and _features_of(folder) == features.fingerprint:
         return _rewards_from_features(features, column, folder, trees)
-    return fill_rewards(run, column, folder, trees)
+    return fill_rewards(run, column, folder, trees, classifiers)
 
 
-def fill_rewards(run: Run, column: Column, folder: str, trees: Sequence[Tree]) -> int:
+def fill_rewards(run: Run, column: Column, folder: str, trees: Sequence[Tree], classifiers: Classifiers) -> int:
     """Rewards of a classifier, a member or a judge, for what the column lacks; returns how many were computed."""
     return fill_columns(
         {"rewards": column},
         trees,
-        lambda: load_classifier(folder, trust_remote_code=run.config.trust_remote_code).to(run.device),
+        lambda: classifiers.load(folder),
         rewards_forward,
         token_budget=run.config.score.token_budget,
         precision=run.precision,

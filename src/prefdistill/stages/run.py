@@ -18,6 +18,7 @@ from prefdistill.atomic import write_json
 from prefdistill.config import RunConfig
 from prefdistill.data.table import PromptGroup, read_groups
 from prefdistill.data.tokenise import Encoder
+from prefdistill.models.adapters import Classifiers
 from prefdistill.models.loading import (
     EMBEDDED_MODEL,
     EMBEDDED_POLICY,
@@ -167,6 +168,10 @@ class Run:
     def load_reference(self) -> torch.nn.Module:
         model = load_policy(self.reference, trust_remote_code=self.config.trust_remote_code)
         return model.to(self.device)
+
+    def classifiers(self) -> Classifiers:
+        """A loader of reward models on the run's device; adapters that it loads share their base."""
+        return Classifiers(self.device, trust_remote_code=self.config.trust_remote_code)
 
     def training_arguments(self, folder: Path, **options: Any) -> dict[str, Any]:
         """Arguments that every training of a run shares.

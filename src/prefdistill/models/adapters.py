@@ -1,0 +1,96 @@
+"""Reward models that are adapters on one base: the base lies in memory once, and a member is switched to."""
+
+from __future__ import annotations
+
+import logging
+import types
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prefdistill.errors import ConfigError
+from prefdistill.models.loading import (
+    UNREADABLE,
+    adapter_base,
+    is_adapter,
+    load_classifier,
+    load_tokenizer,
+    not_loaded,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class Classifiers:
+    """Loads reward models by folder or hub id, one after the other, and keeps what the next one can use.
+
+    K members that are PEFT adapters on one base cost one base and K adapters in memory, and the base is read from disk
+    once. Any other classifier is loaded as `load_classifier` does.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu", *, trust_remote_code: bool = False) -> None:
+        self.device = device
+        self.trust_remote_code = trust_remote_code
+        self._base: str | None = None
+        self._names: dict[str, str] = {}  # what PEFT calls an adapter, by its folder
+        self._model: Any = None
+
+    def load(self, name: str) -> nn.Module:
+        """The reward model of this name, on the device, in eval mode; what was given before it changes with it.
+
+        Raises:
+            ConfigError: as `load_classifier`.
+        """
+        if not is_adapter(name):
+            return load_classifier(name, trust_remote_code=self.trust_remote_code).to(self.device).eval()
+        base = adapter_base(name)
+        adapter = self._names.setdefault(str(Path(name).resolve()), f"member-{len(self._names)}")
+        try:
+            if base != self._base:
+                from peft import AutoPeftModelForSequenceClassification
+
+                self._model = None  # not two bases in memory at a time
+                self._model = AutoPeftModelForSequenceClassification.from_pretrained(
+                    name, adapter_name=adapter, num_labels=1, dtype=torch.float32
+                ).to(self.device)
+                self._base = base
+            elif adapter not in self._model.peft_config:
+                self._model.load_adapter(name, adapter_name=adapter, torch_device=str(self.device))
+        except UNREADABLE as error:
+            raise ConfigError(not_loaded("reward model", name, error)) from error
+        self._model.set_adapter(adapter)
+        # An adapter folder keeps no model configuration; where rewards are read hangs on the pad token.
+        pad = load_tokenizer(name, trust_remote_code=self.trust_remote_code).pad_token_id
+        if pad is not None:
+            self._model.get_base_model().config.pad_token_id = pad
+        merge_on_the_way(self._model)
+        found: nn.Module = self._model.eval()
+        return found
+
+
+def merge_on_the_way(model: nn.Module) -> None:
+    """Lets LoRA layers multiply by W + BA, put together for every batch, instead of twice.
+
+    For inference. Over a batch of thousands of tokens the sum costs next to nothing, the base stays as it is, and no
+    merged copy is kept. What is no plain LoRA (DoRA, a bias, quantised weights) is left to PEFT.
+    """
+    from peft.tuners.lora.layer import Linear
+
+    for module in model.modules():
+        if type(module) is Linear and type(module.base_layer) is nn.Linear:
+            layer: Any = module
+            layer.forward = types.MethodType(_merged_forward, module)
+
+
+def _merged_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
+    if any(name in self.lora_variant or self.lora_bias[name] for name in active):
+        found: Tensor = type(self).forward(self, x, *args, **kwargs)
+        return found
+    weight = self.base_layer.weight
+    with torch.autocast(x.device.type, enabled=False):
+        for name in active:
+            weight = weight + self.get_delta_weight(name)
+    return nn.functional.linear(x, weight, self.base_layer.bias)

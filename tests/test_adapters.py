@@ -1,0 +1,123 @@
+"""Members that are adapters on one base: in memory once, the same rewards as PEFT's own."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import peft
+import pytest
+import torch
+import transformers
+
+from prefdistill.data.tree import Tree
+from prefdistill.errors import ConfigError
+from prefdistill.models.adapters import Classifiers
+from prefdistill.models.forward import TreeModel
+from prefdistill.models.loading import add_lora, new_classifier, save_adapter
+from test_reward import letters_tokenizer
+from tiny_models import tiny
+
+TREES = [Tree((5, 6, 7), ((20, 21, 22, 2), (23, 2))), Tree((9,), ((30, 31),))]
+
+
+@pytest.fixture
+def members(tmp_path):
+    """A base and three adapters on it with weights and heads of their own, one of which is a DoRA."""
+    tokenizer = letters_tokenizer()
+    tiny("llama", num_hidden_layers=2, pad_token_id=2).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    folders = []
+    for k in range(3):
+        transformers.set_seed(k)
+        made = new_classifier(str(tmp_path / "base"), 2)
+        if k == 2:
+            config = peft.LoraConfig(
+                r=2, use_dora=True, target_modules=["q_proj", "up_proj"], modules_to_save=["score"], task_type="SEQ_CLS"
+            )
+            model = peft.get_peft_model(made, config)
+        else:
+            model = add_lora(made, rank=2 + k, task="SEQ_CLS")
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if p.requires_grad:
+                    p.copy_(torch.randn(p.shape) * (0.3 if "lora" in name else 1.0))
+        folders.append(tmp_path / f"member.{k}")
+        save_adapter(model, tokenizer, folders[-1], str(tmp_path / "base"))
+    return [str(f) for f in folders]
+
+
+def rewards(model) -> torch.Tensor:
+    tree_model = TreeModel(model)
+    with torch.no_grad():
+        return tree_model.rewards(tree_model.collate(TREES, pool_pad_id=tree_model.config.pad_token_id))
+
+
+def truth(folder) -> torch.Tensor:
+    """PEFT's own model, one sequence at a time, nothing merged."""
+    model = peft.AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1).eval()
+    model.get_base_model().config.pad_token_id = letters_tokenizer().pad_token_id  # the one that lies beside an adapter
+    with torch.no_grad():
+        return torch.stack(
+            [model(input_ids=torch.tensor([t.prompt_ids + r])).logits[0, 0] for t in TREES for r in t.responses]
+        )
+
+
+def test_every_member_keeps_its_rewards_in_any_order(members):
+    expected = [truth(f) for f in members]
+    assert (expected[0] - expected[1]).abs().min() > 0.01
+    classifiers = Classifiers()
+    for k in (0, 1, 2, 1, 0):
+        torch.testing.assert_close(rewards(classifiers.load(members[k])), expected[k], atol=1e-5, rtol=1e-4)
+    # To the bit, whoever was loaded before.
+    assert torch.equal(rewards(classifiers.load(members[1])), rewards(Classifiers().load(members[1])))
+
+
+def test_the_base_is_in_memory_once(members, monkeypatch):
+    read = []
+    real = peft.AutoPeftModelForSequenceClassification.from_pretrained
+    monkeypatch.setattr(
+        peft.AutoPeftModelForSequenceClassification,
+        "from_pretrained",
+        lambda *args, **options: read.append(args) or real(*args, **options),
+    )
+    classifiers = Classifiers()
+    weights = {classifiers.load(f).get_base_model().model.embed_tokens.weight.data_ptr() for f in members}
+    assert len(weights) == len(read) == 1
+
+
+def test_another_base_takes_the_place_of_the_first(members, tmp_path):
+    tokenizer = letters_tokenizer()
+    tiny("qwen3", num_hidden_layers=2, pad_token_id=2).save_pretrained(tmp_path / "other")
+    save_adapter(
+        add_lora(new_classifier(str(tmp_path / "other"), 2), rank=2, task="SEQ_CLS"),
+        tokenizer,
+        tmp_path / "on-other",
+        str(tmp_path / "other"),
+    )
+    classifiers = Classifiers()
+    first = weakref.ref(classifiers.load(members[0]).get_base_model())
+    assert classifiers.load(str(tmp_path / "on-other")).get_base_model().config.model_type == "qwen3"
+    gc.collect()
+    assert first() is None
+
+
+def test_plain_lora_layers_multiply_once(members):
+    """The low-rank layers themselves are not run, but for those of the DoRA, which no sum of weights gives."""
+    classifiers = Classifiers()
+    for k in (0, 2):
+        model, calls = classifiers.load(members[k]), []
+        for name, module in model.named_modules():
+            if ".lora_" in name and isinstance(module, torch.nn.Linear):
+                module.register_forward_hook(lambda *args, name=name, calls=calls: calls.append(name))
+        with torch.no_grad():
+            model(input_ids=torch.tensor([[5, 6, 7]]))
+        assert bool(calls) == (k == 2), calls
+
+
+def test_an_adapter_that_cannot_be_read_is_named(members, tmp_path):
+    (tmp_path / "member.1" / "adapter_model.safetensors").write_bytes(b"broken")
+    classifiers = Classifiers()
+    classifiers.load(members[0])
+    with pytest.raises(ConfigError, match=r"member\.1"):
+        classifiers.load(members[1])
