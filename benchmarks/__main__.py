@@ -39,6 +39,7 @@ def main() -> int:
     import datasets
 
     from benchmarks.rows import ROWS, Sizes
+    from benchmarks.shapes import config_of
 
     datasets.disable_progress_bars()
     sizes = Sizes(options.model, options.prompt_tokens, options.response_tokens, options.batch_prompts)
@@ -50,7 +51,13 @@ def main() -> int:
         if not options.rows or options.rows in row.name:
             found.append(_measure(row, sizes, options))
             print(_line(found[-1]), flush=True)
-    results = {"rows": found, "machine": _machine(), "versions": _versions(), "sizes": vars(sizes)}
+    grown = None
+    if not options.rows or options.rows in "growth":
+        from benchmarks.growth import growth
+        from prefdistill.models.precision import choose_precision
+
+        grown = growth(sizes, choose_precision("auto", config_of(sizes.model)))
+    results = {"rows": found, "growth": grown, "machine": _machine(), "versions": _versions(), "sizes": vars(sizes)}
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     (options.output / "RESULTS.md").write_text(markdown(results, picture="results.svg"), encoding="utf-8")
@@ -75,16 +82,18 @@ def _measure(row: Any, sizes: Any, options: Any) -> dict[str, Any]:
     ):
         both = {"ours": mine, peer: other}
         seconds: dict[str, list[float]] = {name: [] for name in both}
-        for number in range(options.warmup + options.steps):
+        warmup, steps = (0, row.steps) if row.steps else (options.warmup, options.steps)
+        for number in range(warmup + steps):
             for name, side in both.items():
                 took = side.step()
-                if number >= options.warmup:
+                if number >= warmup:
                     seconds[name].append(took)
         memory = {name: side.peak for name, side in both.items()}
-    ours, theirs = (statistics.median(seconds[name]) for name in both)
+    ours, theirs = ((sum if row.steps else statistics.median)(seconds[name]) for name in both)
     prompts = row.prompts(sizes)
     batch = prompts if row.whole else prompts[: sizes.batch_prompts]
-    pairs = sum(len(p.pairs) for p in batch)
+    times = row.passes * (row.steps or 1)
+    pairs = sum(len(p.pairs) for p in batch) * (row.steps or 1)
     return {
         "name": row.name,
         "work": row.work,
@@ -100,7 +109,10 @@ def _measure(row: Any, sizes: Any, options: Any) -> dict[str, Any]:
         "trials": trials,
         "memory": {"ours": memory["ours"], "peer": memory[peer], "ratio": memory[peer] / memory["ours"]},
         "memory_target": row.memory_target,
-        "utilisation": flops_once(batch, sizes.model, training=row.training, head=row.head) / ours / _rate(sizes.model),
+        "utilisation": times
+        * flops_once(batch, sizes.model, training=row.training, head=row.head)
+        / ours
+        / _rate(sizes.model),
     }
 
 

@@ -37,7 +37,14 @@ def trainer_arguments(precision: str, batch: int, **options: Any) -> dict[str, A
 
 
 def ours(
-    prompts: list[Prompt], *, size: str, precision: str, batch_prompts: int, method: str = "dpo", members: int = 0
+    prompts: list[Prompt],
+    *,
+    size: str,
+    precision: str,
+    batch_prompts: int,
+    method: str = "dpo",
+    members: int = 0,
+    compiled: bool = False,
 ) -> Step:
     """A step over `batch_prompts` prompts with all their pairs; reference log-probs are a column."""
     policy = policy_of(size)
@@ -57,7 +64,11 @@ def ours(
         for p, reference in zip(prompts, logps, strict=True)
     ]
     arguments = DistillConfig(
-        **trainer_arguments(precision, batch_prompts), method=method, beta=BETA, kl_alpha=0.0, pairs="labelled"
+        **trainer_arguments(precision, batch_prompts, torch_compile=compiled),
+        method=method,
+        beta=BETA,
+        kl_alpha=0.0,
+        pairs="labelled",
     )
     trainer = DistillTrainer(policy, arguments, examples=examples)
     items = list(trainer.train_dataset)  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks import policy, reward, sampling, scoring
+from benchmarks import members, policy, reward, sampling, scoring
 from benchmarks.shapes import SIZES, Prompt, prompts_of
 from benchmarks.steps import Step
 
@@ -40,6 +40,8 @@ class Row:
         whole: whether a step is all prompts, not a batch of them.
         fixed_prompts: how many prompts there are, where it is not two batches.
         batch_prompts: prompts a step, where it is not what was asked.
+        passes: how often a step computes all tokens.
+        steps: so many steps without a warm-up are compared by their sum, where it is not the medians.
     """
 
     name: str
@@ -55,6 +57,8 @@ class Row:
     whole: bool = False
     fixed_prompts: int | None = None
     batch_prompts: int | None = None
+    passes: int = 1
+    steps: int | None = None
 
     def sizes(self, asked: Sizes) -> Sizes:
         """The sizes of this row's work."""
@@ -97,6 +101,7 @@ def _both(make: Callable[..., Step]) -> dict[str, Side]:
 
 # TRL's batch size for this pass is its user's to choose: the best of three counts.
 _TRL_SCORING = {f"trl, {n} pairs": _scoring(scoring.trl, batch_pairs=n) for n in (1, 4, 8)}
+_SEPARATE = {f"transformers, {n} rows": _scoring(members.separate, batch_rows=n) for n in (2, 8, 16)}
 _GENERATE = {f"generate, {n} rows": _sampling(sampling.generate, batch_rows=n) for n in (16, 64)}
 
 ROWS = (
@@ -147,6 +152,18 @@ ROWS = (
         whole=True,
     ),
     Row(
+        "rewards of five LoRA members",
+        "five adapters on one base, four pairs a prompt, loading included",
+        "five passes of transformers and PEFT, merged",
+        2.5,
+        "shared",
+        {"ours": _scoring(members.ours), **_SEPARATE},
+        training=False,
+        head=False,
+        whole=True,
+        passes=members.MEMBERS,
+    ),
+    Row(
         "sampling 200 responses",
         "two samples for each of 100 prompts",
         "transformers.generate",
@@ -156,6 +173,16 @@ ROWS = (
         training=False,
         whole=True,
         fixed_prompts=100,
+    ),
+    Row(
+        "300 policy steps, torch.compile",
+        "DPO, one prompt a step, the time of compiling included",
+        "own eager steps",
+        1.3,
+        "unique",
+        {"ours": _of_batches(policy.ours, compiled=True), "own eager": _of_batches(policy.ours)},
+        batch_prompts=1,
+        steps=300,
     ),
     Row(
         "e-DPO step, K = 5",

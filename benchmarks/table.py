@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from benchmarks.growth import growth_lines
 from prefdistill.report.canvas import FAINT, INK, drawn, label_of, new_figure
 
 
@@ -57,6 +58,8 @@ def markdown(results: Mapping[str, Any], *, picture: str) -> str:
                 f"{row['utilisation']:.0%}",
             )
         )
+    if results["growth"]:
+        out += ["", *growth_lines(results["growth"])]
     return "\n".join(out) + "\n"
 
 

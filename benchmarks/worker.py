@@ -63,9 +63,18 @@ def worker(row: str, side: str, precision: str, sizes: Any) -> Iterator[Worker]:
     shape = ["--model", sizes.model, "--prompt-tokens", str(sizes.prompt_tokens)]
     shape += ["--response-tokens", str(sizes.response_tokens), "--batch-prompts", str(sizes.batch_prompts)]
     command = [sys.executable, "-m", "benchmarks", *shape, "--worker", row, side, precision]
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8") as errors,
+        tempfile.TemporaryDirectory() as scratch,  # what the side leaves on disk goes with it
+    ):
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "TMPDIR": scratch},
         )
         try:
             made = Worker(process, errors)

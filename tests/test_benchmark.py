@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import policy, reward, scoring  # noqa: E402
+from benchmarks import members, policy, reward, scoring  # noqa: E402
 from benchmarks.rows import flops_once  # noqa: E402
 from benchmarks.shapes import policy_of, prompts_of  # noqa: E402
 
@@ -75,3 +75,13 @@ def test_reference_logps_are_trls():
     prompts = prompts_of("shared", 3, size="tiny", prompt_tokens=20, response_tokens=7)
     same = {"size": "tiny", "precision": "float32"}
     assert scoring.ours(prompts, **same)() == pytest.approx(scoring.trl(prompts, **same, batch_pairs=4)(), rel=1e-5)
+
+
+def test_rewards_of_members_are_transformers():
+    prompts = prompts_of("shared", 3, size="tiny", prompt_tokens=20, response_tokens=7)
+    same = {"size": "tiny", "precision": "float32"}
+    ours, peer = members.ours(prompts, **same), members.separate(prompts, **same, batch_rows=2)
+    first = ours()
+    assert first == pytest.approx(peer(), rel=1e-4)
+    assert abs(first) > 0.01, "five rewards of zero would agree too"
+    assert ours() == first

@@ -112,7 +112,7 @@ def _run(
 def plan(job: Run, manifest: Manifest, make_data: Callable[[], Outcome], source: str) -> list[Stage]:
     """The stages of this run in order; each stage's options are all that its result hangs on."""
     config = job.config
-    common = {"seed": config.seed, "precision": config.precision}
+    common = {"seed": config.seed, "precision": config.precision} | ({"compile": True} if config.compile else {})
     tokens = {"tokenizer": job.tokenizer_fingerprint, "ends": job.generation_end_ids}
     stages = [
         Stage(

@@ -83,6 +83,8 @@ def train_policy(run: Run, method: str, fingerprint: str) -> tuple[list[Path], s
     arguments = DistillConfig(
         **run.training_arguments(
             work,
+            policy,
+            [e.tree for e in examples],
             method=run.config.distill.method_of(method),
             beta=options.beta,
             tau=options.tau,

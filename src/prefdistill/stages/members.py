@@ -263,6 +263,8 @@ def _train_model(
     arguments = transformers.TrainingArguments(
         **run.training_arguments(
             work,
+            model,
+            [e.tree for e in examples],
             num_train_epochs=options.epochs,
             per_device_train_batch_size=options.batch_prompts,
             learning_rate=options.learning_rate or (2e-4 if lora else 1e-5),

@@ -156,6 +156,8 @@ def make_start(run: Run, fingerprint: str) -> tuple[list[Path], str]:
     arguments = transformers.TrainingArguments(
         **run.training_arguments(
             folder,
+            policy,
+            trees,
             num_train_epochs=options.epochs,
             per_device_train_batch_size=options.batch_prompts,
             learning_rate=options.learning_rate or (2e-4 if lora else 2e-5),

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from prefdistill.atomic import write_json
 from prefdistill.config import RunConfig
 from prefdistill.data.table import PromptGroup, read_groups
 from prefdistill.data.tokenise import Encoder
+from prefdistill.data.tree import Tree
 from prefdistill.models.adapters import Classifiers
 from prefdistill.models.loading import (
     EMBEDDED_MODEL,
@@ -27,6 +28,7 @@ from prefdistill.models.loading import (
     load_policy,
     load_tokenizer,
 )
+from prefdistill.models.memory import needs_checkpointing
 from prefdistill.models.precision import choose_precision
 from prefdistill.progress import Progress, on_terminal
 from prefdistill.scoring import Column
@@ -173,14 +175,26 @@ class Run:
         """A loader of reward models on the run's device; adapters that it loads share their base."""
         return Classifiers(self.device, trust_remote_code=self.config.trust_remote_code)
 
-    def training_arguments(self, folder: Path, **options: Any) -> dict[str, Any]:
-        """Arguments that every training of a run shares.
+    def training_arguments(
+        self, folder: Path, model: torch.nn.Module, trees: Sequence[Tree], **options: Any
+    ) -> dict[str, Any]:
+        """Arguments that every training of a run shares; `trees` are those that `model` will be trained on.
 
         Checkpoints are put off to the next log line, since what is recorded between lines is in no checkpoint.
         """
         every = options.get("logging_steps", 1)
         if "save_steps" in options:
             options["save_steps"] = -(-options["save_steps"] // every) * every
+        checkpointing = needs_checkpointing(
+            self.config.gradient_checkpointing,
+            model,
+            trees,
+            options["per_device_train_batch_size"],
+            bfloat16=self.precision == "bfloat16",
+            device=self.device,
+        )
+        if checkpointing:
+            self.say("gradient checkpointing: layers run again in the backward pass, to spare memory")
         return {
             "output_dir": str(folder),
             "seed": self.config.seed,
@@ -188,6 +202,8 @@ class Run:
             "disable_tqdm": True,
             "use_cpu": self.device.type == "cpu",
             "bf16": self.precision == "bfloat16",
+            "torch_compile": self.config.compile,
+            "gradient_checkpointing": checkpointing,
             "save_total_limit": 1,
             "logging_nan_inf_filter": False,
             **options,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from prefdistill.data.tree import Tree, TreeBatch
 from prefdistill.errors import ConfigError
 from prefdistill.models.allocator import keep_freed_memory
+from prefdistill.models.compiled import check_compiler, compile_layers
 from prefdistill.models.forward import TreeModel
 
 Item = Mapping[str, Any]
@@ -37,8 +39,10 @@ class TreeTrainer(transformers.Trainer):
     An item is a mapping with `tree` (a Tree) and whatever the loss reads; `join` puts a batch's items together.
     Subclasses write `loss_of`; metrics that it stores with `record` are averaged and logged with the loss.
 
+    `args.torch_compile` compiles the model's layers, one for all.
+
     Raises:
-        ConfigError: several processes train together.
+        ConfigError: several processes train together, or torch.compile lacks a compiler or layers to take.
     """
 
     dropout = False  # whether the model's own dropout is kept
@@ -68,6 +72,13 @@ class TreeTrainer(transformers.Trainer):
         self.tree_model = TreeModel(model)
         if args.device.type == "cpu":
             keep_freed_memory()
+        if args.torch_compile:
+            check_compiler(args.device)
+            compile_layers(self.tree_model.backbone)
+            # The forward goes round accelerate's wrapper: it need compile nothing, here or in a later trainer.
+            args.torch_compile = False
+            for name in [n for n in os.environ if n.startswith("ACCELERATE_DYNAMO_")]:
+                del os.environ[name]
 
         def collate(items: Sequence[Item]) -> dict[str, Any]:
             trees: list[Tree] = [item["tree"] for item in items]

@@ -1,0 +1,40 @@
+"""torch.compile by layers: one layer is compiled and all run it, for every number of tokens."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+
+import torch
+from torch import nn
+
+from prefdistill.errors import ConfigError
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises ConfigError if torch.compile would find no compiler for this device's code."""
+    if device.type != "cpu" or sys.platform == "win32":
+        return  # a GPU's comes with torch
+    names = [os.environ.get("CXX", ""), "g++", "clang++"]
+    if not any(shutil.which(name) for name in names if name):
+        raise ConfigError(
+            "torch.compile needs a C++ compiler, and neither $CXX, g++ nor clang++ is found; install one (Debian: "
+            "apt-get install g++), or leave compile off"
+        )
+
+
+def compile_layers(backbone: nn.Module) -> int:
+    """Compiles a model's decoder layers in place, shapes kept open; returns how many.
+
+    Nothing is compiled before the first forward; the code of the first layer serves them all.
+
+    Raises:
+        ConfigError: the model has no list of layers.
+    """
+    layers = getattr(backbone, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise ConfigError(f"{type(backbone).__name__} has no list of layers that torch.compile could take one by one")
+    for layer in layers:
+        layer.compile(dynamic=True)
+    return len(layers)

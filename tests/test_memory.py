@@ -1,0 +1,128 @@
+"""What a training step needs is told before it is taken; checkpointed or compiled, it is the same step."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from prefdistill import pipeline
+from prefdistill.data.tree import Tree
+from prefdistill.errors import ConfigError
+from prefdistill.models import compiled, memory
+from prefdistill.models.forward import TreeModel
+from prefdistill.models.memory import activation_bytes, needs_checkpointing, step_bytes
+from test_distill import config, examples_near, policy
+from test_pipeline import data, model_folder, small  # noqa: F401
+from tiny_models import tiny
+
+from prefdistill.training.distill import DistillTrainer  # isort: skip
+
+TREES = [Tree(tuple(range(3, 43)), (tuple(range(50, 60)), tuple(range(60, 70)))) for _ in range(3)]
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+@pytest.mark.parametrize("inner", [64, 300])
+def test_activations_are_about_what_is_kept(bfloat16, inner):
+    """Against the storages that autograd really keeps of the layers, each counted once."""
+    raw = tiny("llama", intermediate_size=inner).train()
+    model = TreeModel(raw)
+    weights = {p.untyped_storage().data_ptr() for p in raw.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in weights:
+            kept[t.untyped_storage().data_ptr()] = t  # held, or its place would be given to another
+        return t
+
+    batch = model.collate(TREES)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16),
+    ):
+        model.hidden(batch).sum()
+    if bfloat16:  # weights that autocast rounded are no activations
+        shapes = {shape for p in raw.parameters() for shape in (tuple(p.shape), tuple(reversed(p.shape)))}
+        kept = {k: t for k, t in kept.items() if tuple(t.shape) not in shapes}
+    measured = sum(t.untyped_storage().nbytes() for t in kept.values())
+    told = activation_bytes(raw.config, batch.tokens, bfloat16=bfloat16)
+    assert 0.6 * measured < told < 1.4 * measured
+
+
+def test_checkpointing_only_where_memory_asks_for_it(monkeypatch):
+    model = tiny("llama").train()
+    needed = step_bytes(model, TREES, 2, bfloat16=False)
+    assert step_bytes(model, TREES, 3, bfloat16=False) > needed
+    asked = {"batch": 2, "bfloat16": False, "device": torch.device("cpu")}
+    for free, expected in ((needed - 1, True), (needed, False)):
+        monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
+        assert needs_checkpointing("auto", model, TREES, **asked) is expected
+        assert needs_checkpointing("never", model, TREES, **asked) is False
+        assert needs_checkpointing("always", model, TREES, **asked) is True
+
+
+def test_the_largest_trees_count():
+    long = Tree(tuple(range(3, 103)), ((3, 4),))
+    model = tiny("llama").train()
+    assert step_bytes(model, [*TREES, long], 1, bfloat16=False) == step_bytes(model, [long], 1, bfloat16=False)
+
+
+def test_free_memory_is_within_the_containers(monkeypatch, tmp_path):
+    (tmp_path / "memory.max").write_text("5000\n")
+    (tmp_path / "memory.current").write_text("1200\n")
+    real = memory.Path
+    monkeypatch.setattr(memory, "Path", lambda p: tmp_path / real(p).name)
+    assert memory.free_bytes(torch.device("cpu")) == 3800
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.free_bytes(torch.device("cpu")) > 2**20
+
+
+def test_a_run_that_is_short_of_memory_says_so_and_comes_out_the_same(
+    data,  # noqa: F811
+    model_folder,  # noqa: F811
+    tmp_path,
+    capsys,
+    monkeypatch,
+):
+    weights = []
+    for free in (2**40, 0):
+        monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
+        out = tmp_path / f"run-{free}"
+        pipeline.run(small(data, model_folder, out, methods="[dpo]"), until="distill")
+        said = capsys.readouterr().err
+        assert said.count("gradient checkpointing: layers run again") == (free == 0)
+        weights.append((out / "policy" / "dpo" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
+def test_a_wrong_word_is_refused(data, model_folder, tmp_path):  # noqa: F811
+    with pytest.raises(ConfigError, match="gradient_checkpointing is 'often'; it must be one of auto, always, never"):
+        pipeline.run(small(data, model_folder, tmp_path, gradient_checkpointing="often"))
+
+
+def test_compiled_layers_take_the_same_steps(tmp_path):
+    """Batches of several lengths, one compilation for all of them; nothing is left behind for the next trainer."""
+    curves = []
+    for torch_compile in (False, True):
+        torch.manual_seed(0)
+        model = policy()
+        examples = examples_near(model)
+        options = {"max_steps": 4, "per_device_train_batch_size": 1, "logging_steps": 1, "learning_rate": 1e-3}
+        arguments = config(tmp_path, "d-dpo", torch_compile=torch_compile, **options)
+        trainer = DistillTrainer(model, arguments, examples=examples)
+        trainer.train()
+        curves.append([h["loss"] for h in trainer.state.log_history if "loss" in h])
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+    assert "ACCELERATE_DYNAMO_BACKEND" not in os.environ
+
+
+def test_a_missing_compiler_is_named(monkeypatch):
+    monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
+    with pytest.raises(ConfigError, match="g\\+\\+"):
+        compiled.check_compiler(torch.device("cpu"))
+
+
+def test_a_model_without_layers_is_refused():
+    with pytest.raises(ConfigError, match="no list of layers"):
+        compiled.compile_layers(torch.nn.Linear(2, 2))
