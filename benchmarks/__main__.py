@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import platform
 import statistics
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.table import markdown, picture, reached
-from benchmarks.worker import serve, worker
+from benchmarks.worker import Fallen, serve, worker
 from prefdistill.report.canvas import svg_of
 
 FOLDER = Path(__file__).parent
@@ -106,7 +107,7 @@ def _measure(row: Any, sizes: Any, options: Any) -> dict[str, Any]:
         "precision": {"ours": fastest["ours"], "peer": fastest[peer]},
         "pairs_a_second": {"ours": pairs / ours, "peer": pairs / theirs},
         "seconds": seconds,
-        "trials": trials,
+        "trials": {s: {p: t if math.isfinite(t) else None for p, t in of.items()} for s, of in trials.items()},
         "memory": {"ours": memory["ours"], "peer": memory[peer], "ratio": memory[peer] / memory["ours"]},
         "memory_target": row.memory_target,
         "utilisation": times
@@ -117,12 +118,15 @@ def _measure(row: Any, sizes: Any, options: Any) -> dict[str, Any]:
 
 
 def _trials(row: Any, side: str, sizes: Any) -> dict[str, float]:
-    """Seconds of a side's second step in each precision, alone on the machine."""
+    """Seconds of a side's second step in each precision, alone on the machine; infinite where memory falls short."""
     found = {}
     for precision in ("float32", "bfloat16"):
-        with worker(row.name, side, precision, sizes) as alone:
-            alone.step()
-            found[precision] = alone.step()
+        try:
+            with worker(row.name, side, precision, sizes) as alone:
+                alone.step()
+                found[precision] = alone.step()
+        except Fallen:
+            found[precision] = math.inf
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,10 @@ from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).parent.parent
+
+
+class Fallen(RuntimeError):
+    """A side that was killed: memory fell short, if nobody else did it."""
 
 
 @dataclass
@@ -34,7 +39,8 @@ class Worker:
         """Takes one step; returns its seconds.
 
         Raises:
-            RuntimeError: the side ended; the message holds the end of what it wrote.
+            Fallen: the side was killed.
+            RuntimeError: it ended by itself; the message holds the end of what it wrote.
         """
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # said by the answer that does not come
@@ -50,10 +56,8 @@ class Worker:
         if not line:
             code = self.process.wait()
             self.errors.seek(0)
-            raise RuntimeError(
-                f"a side of the benchmark ended with {code} (memory fell short, if it is -9):\n"
-                f"{self.errors.read()[-2000:]}"
-            )
+            kind = Fallen if code == -signal.SIGKILL else RuntimeError
+            raise kind(f"a side of the benchmark ended with {code}:\n{self.errors.read()[-2000:]}")
         return json.loads(line)  # type: ignore[no-any-return]
 
 

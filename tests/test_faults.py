@@ -20,8 +20,9 @@ from prefdistill.evaluation import sampling
 from prefdistill.models.backbone import backbone_of
 from prefdistill.models.loading import add_lora, load_policy
 from prefdistill.stages import members
-from prefdistill.stages.run import Run, last_checkpoint
+from prefdistill.stages.run import Run
 from prefdistill.training.callbacks import ProgressCallback
+from prefdistill.training.checkpoints import SEAL, last_checkpoint, seal
 from test_pipeline import data, model_folder, rows, small  # noqa: F401
 from tiny_models import tiny
 from tiny_tokenizers import gpt2, llama3
@@ -163,15 +164,42 @@ def test_seeds_of_members_differ_between_runs():
     assert len({members.seed_of(seed, k) for seed in range(20) for k in range(20)}) == 400
 
 
-def test_a_half_written_checkpoint_is_not_read(tmp_path):
-    for step, state in ((2, "{}"), (4, "{}"), (6, '{"half'), (8, None)):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        if state is not None:
-            (folder / "trainer_state.json").write_text(state)
+def sealed(folder, step, text="{}"):
+    checkpoint = folder / f"checkpoint-{step}"
+    checkpoint.mkdir()
+    (checkpoint / "trainer_state.json").write_text(text)
+    seal(checkpoint)
+    return checkpoint
+
+
+def test_a_half_written_checkpoint_is_not_read(tmp_path, caplog):
+    for step in (2, 4):
+        sealed(tmp_path, step)
+    (sealed(tmp_path, 6) / SEAL).unlink()
+    (sealed(tmp_path, 8) / SEAL).write_text('{"half')
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4"]
     assert last_checkpoint(tmp_path / "nothing") is None
+    assert not caplog.records, "a stop is no damage"
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "add"])
+def test_a_damaged_checkpoint_is_named_and_not_read(damage, tmp_path, caplog):
+    sealed(tmp_path, 2)
+    file = sealed(tmp_path, 4, "0123456789") / "trainer_state.json"
+    if damage == "flip":
+        file.write_text("0123056789")
+    elif damage == "cut":
+        file.write_text("01234")
+    elif damage == "remove":
+        file.unlink()
+    else:
+        (file.parent / "optimizer.pt").write_bytes(b"another's")
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert not (tmp_path / "checkpoint-4").exists()
+    (record,) = caplog.records
+    assert "checkpoint-4 is damaged" in record.getMessage()
+    assert ("optimizer.pt" if damage == "add" else "trainer_state.json") in record.getMessage()
 
 
 @pytest.mark.parametrize("stage", ["sample", "evaluate"])
@@ -226,8 +254,8 @@ def test_every_training_goes_on_from_its_checkpoint(until, options, data, model_
     """Supervised start, members and judge: stopped in the middle, their weights are those of a run nobody stopped."""
     real_arguments, real_step, steps = Run.training_arguments, ProgressCallback.on_step_end, []
 
-    def often(self, folder, **given):
-        return real_arguments(self, folder, **{**given, "logging_steps": 1, "save_steps": 1})
+    def often(self, *where, **given):
+        return real_arguments(self, *where, **{**given, "logging_steps": 1, "save_steps": 1})
 
     def stop(self, args, state, control, **kwargs):
         real_step(self, args, state, control, **kwargs)

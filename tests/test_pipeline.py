@@ -16,7 +16,7 @@ import transformers
 from prefdistill import RunConfig, pipeline
 from prefdistill.cli import main, parse
 from prefdistill.errors import ConfigError, DataError
-from prefdistill.stages import distill as distill_stage
+from prefdistill.training.callbacks import ProgressCallback
 from tiny_models import tiny
 from tiny_tokenizers import gpt2
 
@@ -132,7 +132,7 @@ def test_a_stopped_run_goes_on_where_it_was(data, model_folder, tmp_path, monkey
     config, whole = (small(data, model_folder, tmp_path / name, **options) for name in ("run", "whole"))
     pipeline.run(whole, until="distill")
 
-    real, steps = distill_stage.ProgressCallback.on_step_end, []
+    real, steps = ProgressCallback.on_step_end, []
 
     def stop(self, args, state, control, **kwargs):
         real(self, args, state, control, **kwargs)
@@ -140,7 +140,7 @@ def test_a_stopped_run_goes_on_where_it_was(data, model_folder, tmp_path, monkey
         if len(steps) == 4:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(distill_stage.ProgressCallback, "on_step_end", stop)
+    monkeypatch.setattr(ProgressCallback, "on_step_end", stop)
     with pytest.raises(KeyboardInterrupt):
         pipeline.run(config, until="distill")
     assert not (tmp_path / "run" / "policy" / "d-dpo").exists()

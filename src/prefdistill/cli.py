@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import signal
 import sys
-import threading
 import warnings
-from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
+
+from prefdistill.stopping import Terminated, terminable
 
 COMMANDS = {
     "run": "all stages: pairs to policy to report",
@@ -66,29 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] not in all_commands:
         print(f"prefdistill: unknown command {argv[0]!r}; use one of {', '.join(all_commands)}", file=sys.stderr)
         return 2
-    with _terminable():
+    with terminable():
         return _command(argv[0], argv[1:])
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM: what a scheduler sends before it takes the machine away."""
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM ends a command as Ctrl-C does: files whole, locks free, a line that says how to go on."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals belong to whoever runs us in a thread
-        return
-
-    def terminate(number: int, frame: Any) -> None:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _command(command: str, argv: list[str]) -> int:

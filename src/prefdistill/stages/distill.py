@@ -13,9 +13,9 @@ from prefdistill.atomic import write_json
 from prefdistill.data.table import PromptGroup
 from prefdistill.models.loading import add_lora, save_model
 from prefdistill.stages.members import member_rewards, reference_columns
-from prefdistill.stages.run import Run, last_checkpoint
+from prefdistill.stages.run import Run
 from prefdistill.stages.select import KeepWeights, best_checkpoint, kept_file, kept_steps, put_weights
-from prefdistill.training.callbacks import ProgressCallback, quiet
+from prefdistill.training.checkpoints import train_to_end
 from prefdistill.training.distill import DistillConfig, DistillExample, DistillTrainer
 from prefdistill.training.pessimism import promises
 
@@ -103,11 +103,9 @@ def train_policy(run: Run, method: str, fingerprint: str) -> tuple[list[Path], s
         )
         | options.training_arguments
     )
-    callbacks: list[Any] = [ProgressCallback(run.progress)]
-    if options.checkpoints > 1:
-        callbacks.append(KeepWeights(work, options.checkpoints))
-    trainer = quiet(DistillTrainer(policy, arguments, examples=examples, callbacks=callbacks))
-    trainer.train(resume_from_checkpoint=last_checkpoint(work))
+    callbacks = [KeepWeights(work, options.checkpoints)] if options.checkpoints > 1 else []
+    trainer = DistillTrainer(policy, arguments, examples=examples, callbacks=callbacks)
+    train_to_end(trainer, work, run.progress)
     # In order of name, as those of a resumed training are.
     history = [dict(sorted(h.items())) for h in trainer.state.log_history if "loss" in h]
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -38,8 +38,8 @@ from prefdistill.scoring import (
     rewards_forward,
 )
 from prefdistill.stages.encoders import encoder_of, member_trees, training_facts
-from prefdistill.stages.run import Run, last_checkpoint
-from prefdistill.training.callbacks import ProgressCallback, quiet
+from prefdistill.stages.run import Run
+from prefdistill.training.checkpoints import train_to_end
 from prefdistill.training.reward import (
     RewardExample,
     RewardTrainer,
@@ -274,8 +274,7 @@ def _train_model(
         )
         | {"seed": seed}
     )
-    trainer = quiet(RewardTrainer(model, arguments, examples=examples, callbacks=[ProgressCallback(run.progress)]))
-    trainer.train(resume_from_checkpoint=last_checkpoint(work))
+    train_to_end(RewardTrainer(model, arguments, examples=examples), work, run.progress)
     trees = member_trees(run, validation, encoder)
     scratch = Column(work / "validation", "scratch")
     fill_columns(

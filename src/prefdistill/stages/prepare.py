@@ -32,8 +32,8 @@ from prefdistill.errors import DataError
 from prefdistill.evaluation.sampling import SamplingOptions
 from prefdistill.models.loading import add_lora, load_policy, save_model
 from prefdistill.stages.draw import sample_in_parts
-from prefdistill.stages.run import Run, last_checkpoint
-from prefdistill.training.callbacks import ProgressCallback, quiet
+from prefdistill.stages.run import Run
+from prefdistill.training.checkpoints import train_to_end
 from prefdistill.training.sft import SFTTrainer
 
 EMBEDDED_PAIRS = Path(__file__).parent.parent / "embedded" / "docstring_pairs.parquet"
@@ -166,8 +166,8 @@ def make_start(run: Run, fingerprint: str) -> tuple[list[Path], str]:
             save_steps=50,
         )
     )
-    trainer = quiet(SFTTrainer(policy, arguments, trees=trees, callbacks=[ProgressCallback(run.progress)]))
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    trainer = SFTTrainer(policy, arguments, trees=trees)
+    train_to_end(trainer, folder, run.progress)
     history = [h["token_nll"] for h in trainer.state.log_history if "token_nll" in h]
     save_model(policy, run.tokenizer, run.start_path)
     shutil.rmtree(folder, ignore_errors=True)

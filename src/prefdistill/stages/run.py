@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -204,22 +203,7 @@ class Run:
             "bf16": self.precision == "bfloat16",
             "torch_compile": self.config.compile,
             "gradient_checkpointing": checkpointing,
-            "save_total_limit": 1,
+            "save_total_limit": 2,  # the older one stands in until the newer one is sealed
             "logging_nan_inf_filter": False,
             **options,
         }
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint of a stopped training, or None; half ones are removed.
-
-    Trainer writes its state last: a checkpoint without it was being written when the training was stopped.
-    """
-    found = {int(p.name.split("-")[1]): p for p in folder.glob("checkpoint-*") if p.name.split("-")[1].isdigit()}
-    for step in sorted(found, reverse=True):
-        try:
-            json.loads((found[step] / "trainer_state.json").read_text(encoding="utf-8"))
-            return str(found[step])
-        except (OSError, ValueError):
-            shutil.rmtree(found[step])
-    return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any
 
-from transformers import PrinterCallback, TrainerCallback
+from transformers import TrainerCallback
 
 from prefdistill.progress import Progress, Tick
 
@@ -28,9 +28,3 @@ class ProgressCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._stack.close()
-
-
-def quiet(trainer: Any) -> Any:
-    """Takes away Trainer's own printing of raw log records."""
-    trainer.remove_callback(PrinterCallback)
-    return trainer

@@ -1,0 +1,97 @@
+"""Trainings that can be stopped at any instant: whole checkpoints are sealed, and only sealed ones are read."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import PrinterCallback, TrainerCallback
+
+from prefdistill.atomic import read_json, write_json
+from prefdistill.progress import Progress
+from prefdistill.stopping import Request, stop_requests
+from prefdistill.training.callbacks import ProgressCallback
+
+logger = logging.getLogger(__name__)
+
+SEAL = "checksums.json"
+
+
+def train_to_end(trainer: transformers.Trainer, work: Path, progress: Progress) -> None:
+    """Trains from the newest whole checkpoint in `work`, or from the start.
+
+    Raises:
+        KeyboardInterrupt: SIGINT or SIGTERM came; the step under way was finished and a checkpoint written.
+    """
+    trainer.remove_callback(PrinterCallback)
+    with stop_requests() as request:
+        # The seal comes last: what other callbacks write belongs to the checkpoint.
+        for callback in (ProgressCallback(progress), _StopCallback(request), _SealCallback()):
+            trainer.add_callback(callback)
+        trainer.train(resume_from_checkpoint=last_checkpoint(work))
+        if request.reason is not None:
+            raise request.reason
+
+
+class _StopCallback(TrainerCallback):
+    """Ends a training after the step in which it was asked for, with a log line and a checkpoint.
+
+    The line is there because what is recorded between two lines is in no checkpoint.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.request.reason is not None:
+            control.should_log = control.should_save = control.should_training_stop = True
+
+
+class _SealCallback(TrainerCallback):
+    """Writes the checksums of a checkpoint's files when all of them are there."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+def seal(checkpoint: Path) -> None:
+    write_json(checkpoint / SEAL, _checksums(checkpoint))
+
+
+def _checksums(checkpoint: Path) -> dict[str, str]:
+    out = {}
+    for file in sorted(checkpoint.rglob("*")):
+        if file.is_file() and file.name != SEAL:
+            with file.open("rb") as opened:
+                out[file.relative_to(checkpoint).as_posix()] = hashlib.file_digest(opened, "blake2b").hexdigest()[:32]
+    return out
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint of a stopped training, or None; others are removed.
+
+    One without a seal was being written when the training was stopped; one whose files are not those that were sealed
+    is damaged, and the log says so.
+    """
+    found = {int(p.name.split("-")[1]): p for p in folder.glob("checkpoint-*") if p.name.split("-")[1].isdigit()}
+    for step in sorted(found, reverse=True):
+        try:
+            sealed = read_json(found[step] / SEAL)
+        except (OSError, ValueError):
+            sealed = None
+        if sealed is not None:
+            now = _checksums(found[step])
+            if now == sealed:
+                return str(found[step])
+            broken = sorted(set(sealed.items()) ^ set(now.items()))[0][0]
+            logger.warning(
+                "%s is damaged (%s is not as it was written); training goes on from an earlier checkpoint or anew",
+                found[step],
+                broken,
+            )
+        shutil.rmtree(found[step])
+    return None
