@@ -19,10 +19,12 @@ from prefdistill.errors import ConfigError, DataError
 from prefdistill.evaluation import sampling
 from prefdistill.models.backbone import backbone_of
 from prefdistill.models.loading import add_lora, load_policy
+from prefdistill.seals import SEAL, seal
 from prefdistill.stages import members
 from prefdistill.stages.run import Run
+from prefdistill.stopping import Terminated, stop_requests
 from prefdistill.training.callbacks import ProgressCallback
-from prefdistill.training.checkpoints import SEAL, last_checkpoint, seal
+from prefdistill.training.checkpoints import last_checkpoint
 from test_pipeline import data, model_folder, rows, small  # noqa: F401
 from tiny_models import tiny
 from tiny_tokenizers import gpt2, llama3
@@ -320,3 +322,81 @@ def test_a_run_that_is_told_to_stop(sent, status, data, model_folder, tmp_path):
     config.distill.epochs = 1
     pipeline.run(config, until="distill")
     assert (out / "policy" / "dpo" / "config.json").exists()
+
+
+@pytest.mark.parametrize("damaged", ["policy/dpo/model.safetensors", "data/prompts.parquet", "evaluation/summary.json"])
+def test_a_flipped_bit_in_what_is_done_is_found(damaged, data, model_folder, tmp_path, caplog):  # noqa: F811
+    """The file is named, its stage runs again, and the run comes out as it was."""
+    config = small(data, model_folder, tmp_path / "run", methods="[dpo]")
+    pipeline.run(config)
+    file = tmp_path / "run" / damaged
+    whole = file.read_bytes()
+    broken = bytearray(whole)
+    broken[len(broken) // 2] ^= 1
+    file.write_bytes(bytes(broken))
+    caplog.clear()
+    pipeline.run(config)
+    assert file.read_bytes() == whole
+    assert any(str(file) in r.getMessage() and "is not as it was written" in r.getMessage() for r in caplog.records)
+
+
+def test_a_flipped_bit_in_a_column_is_computed_again(data, model_folder, tmp_path, caplog):  # noqa: F811
+    config = small(data, model_folder, tmp_path / "run", methods="[d-dpo]")
+    pipeline.run(config, until="score")
+    scored = (tmp_path / "run" / "data" / "scored.parquet").read_bytes()
+    shards = list((tmp_path / "run").rglob("shard-*.parquet"))
+    assert len(shards) > 2
+    for shard in shards:
+        broken = bytearray(shard.read_bytes())
+        broken[len(broken) // 3] ^= 16
+        shard.write_bytes(bytes(broken))
+    pipeline.run(config, until="score")
+    assert (tmp_path / "run" / "data" / "scored.parquet").read_bytes() == scored
+    assert all(any(str(s) in r.getMessage() for r in caplog.records) for s in shards)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_a_checkpoint(sent, data, model_folder, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """Of the step under way, from which the same command goes on; the weights are those of a run nobody stopped."""
+    options = {"methods": "[d-dpo]", "distill.logging_steps": 50, "distill.save_steps": 50, "distill.epochs": 3}
+    whole, stopped = (small(data, model_folder, tmp_path / name, **options) for name in ("whole", "stopped"))
+    pipeline.run(whole, until="distill")
+    real, steps = ProgressCallback.on_step_end, []
+
+    def stop(self, args, state, control, **kwargs):
+        real(self, args, state, control, **kwargs)
+        steps.append(state.global_step)
+        if len(steps) == 3:
+            signal.raise_signal(sent)
+
+    monkeypatch.setattr(ProgressCallback, "on_step_end", stop)
+    before = {s: signal.signal(s, signal.default_int_handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        capsys.readouterr()
+        with pytest.raises(KeyboardInterrupt) as raised:
+            pipeline.run(stopped, until="distill")
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+    assert isinstance(raised.value, Terminated) == (sent == signal.SIGTERM)
+    assert "stopping after this step, with a checkpoint" in capsys.readouterr().err
+    assert steps == [1, 2, 3]
+    pipeline.run(stopped, until="distill")
+    assert steps[3] == 4
+    weights = [(tmp_path / n / "policy" / "d-dpo" / "model.safetensors").read_bytes() for n in ("whole", "stopped")]
+    assert weights[0] == weights[1]
+    history = json.loads((tmp_path / "stopped" / "policy" / "d-dpo" / "history.json").read_text())
+    assert history[0]["step"] == 3, "a line of what was recorded until then"
+
+
+def test_the_second_signal_stops_at_once():
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with stop_requests() as request:
+            signal.raise_signal(signal.SIGTERM)
+            assert isinstance(request.reason, Terminated)
+            with pytest.raises(Terminated):
+                signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,19 @@ def _beside(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def fresh_file(path: Path) -> Iterator[Path]:
-    """A path to write to; it becomes `path` when the block ends well, and is removed when it does not."""
+def fresh_file(path: Path, name: Callable[[Path], Path] | None = None) -> Iterator[Path]:
+    """A path to write to; it becomes `path` when the block ends well, and is removed when it does not.
+
+    Args:
+        name: given what was written; the path that it becomes instead.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = _beside(path)
     try:
         yield part
         with part.open("rb") as written:
             os.fsync(written.fileno())
-        os.replace(part, path)
+        os.replace(part, path if name is None else name(part))
     finally:
         part.unlink(missing_ok=True)
 

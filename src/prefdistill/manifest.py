@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from prefdistill.atomic import write_json
 from prefdistill.errors import DataError
+from prefdistill.seals import checksum
+
+logger = logging.getLogger(__name__)
 
 VERSION = 1
 
@@ -56,25 +60,30 @@ class Manifest:
             self.stages = found
 
     def is_done(self, stage: str, fingerprint: str) -> bool:
-        """Whether the stage was done from the same inputs and its files are still there, as large as they were."""
+        """Whether the stage was done from the same inputs and its files are still those that it wrote, to the byte.
+
+        A file that is damaged is named in the log: the stage has to be done again.
+        """
         record = self.stages.get(stage)
         if record is None or record.fingerprint != fingerprint:
             return False
-        return all(
-            (self.root / path).is_file() and (self.root / path).stat().st_size == entry["bytes"]
-            for path, entry in record.outputs.items()
-        )
+        for path, entry in record.outputs.items():
+            file = self.root / path
+            if not file.is_file():
+                return False
+            if file.stat().st_size != entry["bytes"] or checksum(file) != entry["blake2b"]:
+                logger.warning("%s is not as it was written; %s is done again", file, stage)
+                return False
+        return True
 
     def finish(self, stage: str, record: StageRecord, outputs: list[Path]) -> None:
         for output in outputs:
             for file in sorted(output.rglob("*")) if output.is_dir() else [output]:
                 if file.is_file():
-                    with file.open("rb") as opened:
-                        digest = hashlib.file_digest(opened, "blake2b").hexdigest()
                     # Columns that runs share lie elsewhere and stand with their absolute path.
                     own = self.root in file.parents
                     path = file.relative_to(self.root).as_posix() if own else str(file.resolve())
-                    record.outputs[path] = {"bytes": file.stat().st_size, "blake2b": digest[:32]}
+                    record.outputs[path] = {"bytes": file.stat().st_size, "blake2b": checksum(file)}
         self.stages[stage] = record
         self.write()
 

@@ -22,7 +22,6 @@ import torch
 from torch import nn
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from prefdistill.atomic import fresh_file
 from prefdistill.data.table import response_key
 from prefdistill.data.tree import Tree, batches_by_tokens
 from prefdistill.errors import ConfigError, DataError
@@ -40,6 +39,7 @@ from prefdistill.models.loading import (
 from prefdistill.models.precision import autocast
 from prefdistill.models.sequence import SequenceModel
 from prefdistill.progress import Progress, silent
+from prefdistill.seals import is_as_named, sealed_file
 
 logger = logging.getLogger(__name__)
 
@@ -63,12 +63,10 @@ class Column:
         self._next = 0
         for shard in sorted(folder.glob("shard-*.parquet")):
             self._next = max(self._next, int(shard.stem.split("-")[1]) + 1)
-            try:
-                table = pq.read_table(shard)
-            except (pa.ArrowInvalid, OSError) as error:
-                logger.warning("%s cannot be read (%s); its rows are computed again", shard, error)
+            if not is_as_named(shard):
                 self._stale.append(shard)
                 continue
+            table = pq.read_table(shard)
             if (table.schema.metadata or {}).get(b"fingerprint", b"").decode() != fingerprint:
                 self._stale.append(shard)
                 continue
@@ -87,7 +85,7 @@ class Column:
         kind = pa.float64() if values.ndim == 1 else pa.list_(pa.float32(), values.shape[1])
         data = values if values.ndim == 1 else list(values.astype(np.float32))
         schema = pa.schema([("key", pa.string()), ("value", kind)], metadata={"fingerprint": self.fingerprint})
-        with fresh_file(self.folder / f"shard-{self._next:05d}.parquet") as part:
+        with sealed_file(self.folder / f"shard-{self._next:05d}.parquet") as part:
             pq.write_table(pa.table([pa.array(keys), pa.array(data, type=kind)], schema=schema), part)
         self._next += 1
         self.values.update(zip(keys, values.astype(np.float64), strict=True))

@@ -16,6 +16,7 @@ from prefdistill.data.table import PromptGroup, in_split
 from prefdistill.evaluation.sampling import Sample, SamplingOptions, sample
 from prefdistill.models.loading import load_policy
 from prefdistill.scoring import Column, model_fingerprint
+from prefdistill.seals import sealed_file, sealed_files
 from prefdistill.stages.run import Run
 
 SAMPLE_BUDGET = 6  # times the scoring budget: sampling keeps keys and values, not logits of every position
@@ -64,12 +65,13 @@ def sample_in_parts(
         budget: tokens held at a time, in scoring budgets.
     """
     known: dict[int, list[Sample]] = {}
-    for part in sorted(folder.glob("part-*.json")):
+    for part in sealed_files(folder, "part-*", ".json"):
         written = json.loads(part.read_text(encoding="utf-8"))
         known |= {int(i): from_json(drawn) for i, drawn in written.items()}
 
     def keep(drawn: dict[int, list[Sample]]) -> None:
-        write_json(folder / f"part-{min(drawn):06d}.json", {i: as_json(d) for i, d in drawn.items()})
+        with sealed_file(folder / f"part-{min(drawn):06d}.json") as part:
+            part.write_text(json.dumps({i: as_json(d) for i, d in drawn.items()}), encoding="utf-8")
 
     return sample(
         model,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 import transformers
 
-from prefdistill.atomic import write_json
+from prefdistill.atomic import read_json, write_json
 from prefdistill.data.bias import biased_groups, longer_chosen, resample
 from prefdistill.data.table import PromptGroup, in_split, write_scored
 from prefdistill.data.text_pairs import PairEncoder
@@ -37,6 +36,7 @@ from prefdistill.scoring import (
     model_fingerprint,
     rewards_forward,
 )
+from prefdistill.seals import is_whole, seal
 from prefdistill.stages.encoders import encoder_of, member_trees, training_facts
 from prefdistill.stages.run import Run
 from prefdistill.training.checkpoints import train_to_end
@@ -127,7 +127,8 @@ def make_members(run: Run, fingerprint: str) -> tuple[list[Path], str]:
         how = options.resample + (f", rho {rho}" if rho is not None else "")
         done = run.member_path(k) / "training.json"
         # A member that an earlier, stopped try finished is not trained again.
-        if not (done.exists() and json.loads(done.read_text())["fingerprint"] == fingerprint):
+        finished = done.exists() and is_whole(run.member_path(k))
+        if not (finished and read_json(done)["fingerprint"] == fingerprint):
             run.say(f"member {k + 1} of {options.members}: {options.hold}, {how}")
             record = train_member(
                 run,
@@ -142,7 +143,8 @@ def make_members(run: Run, fingerprint: str) -> tuple[list[Path], str]:
                 l2=facts[0].get("l2") if facts else None,
             )
             write_json(done, {**record, "resample": how, "fingerprint": fingerprint})
-        facts.append(json.loads(done.read_text()))
+            seal(run.member_path(k))
+        facts.append(read_json(done))
     scales = ", ".join(f"{f['scale']:.2f}" for f in facts)
     return [run.member_path(k) for k in range(options.members)], (
         f"{options.members} members; margins times {scales} are log-odds on held-out pairs"

@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
 
-from prefdistill.atomic import fresh_file
 from prefdistill.data.table import in_split
 from prefdistill.errors import DataError
 from prefdistill.evaluation import statistics
 from prefdistill.evaluation.sampling import SamplingOptions
+from prefdistill.seals import sealed_file, sealed_files
 from prefdistill.stages.draw import sample_in_parts
 from prefdistill.stages.judge import score_samples
 from prefdistill.stages.run import Run
@@ -35,12 +35,20 @@ class KeepWeights(TrainerCallback):
             trained = {
                 name: p.detach().contiguous() for name, p in kwargs["model"].named_parameters() if p.requires_grad
             }
-            with fresh_file(kept_file(self.work, state.global_step)) as part:
+            with sealed_file(self.work / "kept" / f"step-{state.global_step:06d}.safetensors") as part:
                 save_file(trained, part)
 
 
 def kept_file(work: Path, step: int) -> Path:
-    return work / "kept" / f"step-{step:06d}.safetensors"
+    """The weights that `KeepWeights` kept after this step.
+
+    Raises:
+        DataError: they are not there, or damaged.
+    """
+    found = sealed_files(work / "kept", f"step-{step:06d}", ".safetensors")
+    if not found:
+        raise DataError(f"{work} lacks the weights of step {step}; remove that folder to train again")
+    return found[0]
 
 
 def kept_steps(steps: int, n: int) -> list[int]:

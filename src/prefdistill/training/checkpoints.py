@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,14 +9,10 @@ from typing import Any
 import transformers
 from transformers import PrinterCallback, TrainerCallback
 
-from prefdistill.atomic import read_json, write_json
 from prefdistill.progress import Progress
+from prefdistill.seals import is_whole, seal
 from prefdistill.stopping import Request, stop_requests
 from prefdistill.training.callbacks import ProgressCallback
-
-logger = logging.getLogger(__name__)
-
-SEAL = "checksums.json"
 
 
 def train_to_end(trainer: transformers.Trainer, work: Path, progress: Progress) -> None:
@@ -58,40 +52,14 @@ class _SealCallback(TrainerCallback):
         seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
-def seal(checkpoint: Path) -> None:
-    write_json(checkpoint / SEAL, _checksums(checkpoint))
-
-
-def _checksums(checkpoint: Path) -> dict[str, str]:
-    out = {}
-    for file in sorted(checkpoint.rglob("*")):
-        if file.is_file() and file.name != SEAL:
-            with file.open("rb") as opened:
-                out[file.relative_to(checkpoint).as_posix()] = hashlib.file_digest(opened, "blake2b").hexdigest()[:32]
-    return out
-
-
 def last_checkpoint(folder: Path) -> str | None:
     """The newest whole checkpoint of a stopped training, or None; others are removed.
 
-    One without a seal was being written when the training was stopped; one whose files are not those that were sealed
-    is damaged, and the log says so.
+    One without a seal was being written when the training was stopped; one that is damaged is named in the log.
     """
     found = {int(p.name.split("-")[1]): p for p in folder.glob("checkpoint-*") if p.name.split("-")[1].isdigit()}
     for step in sorted(found, reverse=True):
-        try:
-            sealed = read_json(found[step] / SEAL)
-        except (OSError, ValueError):
-            sealed = None
-        if sealed is not None:
-            now = _checksums(found[step])
-            if now == sealed:
-                return str(found[step])
-            broken = sorted(set(sealed.items()) ^ set(now.items()))[0][0]
-            logger.warning(
-                "%s is damaged (%s is not as it was written); training goes on from an earlier checkpoint or anew",
-                found[step],
-                broken,
-            )
+        if is_whole(found[step]):
+            return str(found[step])
         shutil.rmtree(found[step])
     return None
