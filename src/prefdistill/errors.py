@@ -13,3 +13,7 @@ class DataError(PrefdistillError):
 
 class ConfigError(PrefdistillError):
     """An option or combination of options that cannot be used."""
+
+
+class TrainingError(PrefdistillError):
+    """A training whose loss or gradients are no longer numbers; its last good checkpoint is kept."""

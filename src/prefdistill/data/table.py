@@ -25,6 +25,7 @@ from prefdistill.data.tree import Tree
 from prefdistill.errors import DataError
 
 TABLE_FORMAT = 1  # of the files of `write_groups`; a change makes those of earlier versions stale
+NAME_LENGTH = 60
 SPLITS = ("train", "validation", "judge", "test")
 
 
@@ -60,6 +61,12 @@ class PromptGroup:
     @property
     def tree(self) -> Tree:
         return Tree(self.ids, tuple(r.ids for r in self.responses))
+
+    @property
+    def name(self) -> str:
+        """How a message calls the prompt: its first words, in quotes."""
+        text = " ".join(prompt_text(self.prompt).split())
+        return json.dumps(text if len(text) <= NAME_LENGTH else text[:NAME_LENGTH] + "...", ensure_ascii=False)
 
     @property
     def keys(self) -> list[str]:

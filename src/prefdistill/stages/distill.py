@@ -37,6 +37,7 @@ def examples_of(run: Run, *splits: str, rewards: bool, members: Sequence[int] | 
                     tuple(tuple(member[i].tolist()) for member in scores),
                     tuple(g.pairs),
                     tuple(_from_reference(run, g)),
+                    g.name,
                 )
             )
     return out

@@ -259,7 +259,7 @@ def _train_model(
         model = add_lora(model, rank=options.lora_rank, task="SEQ_CLS")
     counts = iter(weights.tolist())
     examples = [
-        RewardExample(tree, tuple(g.pairs), tuple(itertools.islice(counts, len(g.pairs))))
+        RewardExample(tree, tuple(g.pairs), tuple(itertools.islice(counts, len(g.pairs))), g.name)
         for g, tree in zip(groups, member_trees(run, groups, encoder), strict=True)
     ]
     arguments = transformers.TrainingArguments(

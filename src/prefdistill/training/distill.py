@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +36,10 @@ class DistillExample:
         rewards: [K, R]; K = 0 where the loss needs none.
         pairs: labelled pairs (chosen, rejected) as indices into the responses.
         from_reference: the responses that were drawn from pi_ref, over which forward KL is estimated.
+        name: what errors call the prompt.
+
+    Raises:
+        DataError: a column has another length, or holds what is no finite number.
     """
 
     tree: Tree
@@ -42,11 +47,16 @@ class DistillExample:
     rewards: tuple[tuple[float, ...], ...] = ()
     pairs: tuple[tuple[int, int], ...] = ()
     from_reference: tuple[int, ...] = ()
+    name: str = ""
 
     def __post_init__(self) -> None:
         r = len(self.tree.responses)
         if len(self.reference_logps) != r or any(len(k) != r for k in self.rewards):
             raise DataError(f"a tree of {r} responses needs {r} reference log-probs and {r} rewards of each member")
+        for what, values in [("reference log-prob", self.reference_logps), *(("reward", k) for k in self.rewards)]:
+            for i, value in enumerate(values):
+                if not math.isfinite(value):
+                    raise DataError(f"the {what} of response {i} is {value} ({self.name or 'a prompt without a name'})")
 
 
 @dataclass
@@ -191,7 +201,7 @@ class DistillTrainer(TreeTrainer):
         super().__init__(
             model,
             args,
-            train_items=[{"tree": e.tree, "example": e} for e in kept],
+            train_items=[{"tree": e.tree, "example": e, "name": e.name} for e in kept],
             eval_items=None if kept_eval is None else [{"tree": e.tree, "example": e} for e in kept_eval],
             join=join,
             **kwargs,

@@ -25,11 +25,12 @@ ROUNDING = 1e-14
 
 @dataclass(frozen=True)
 class RewardExample:
-    """A tree, its pairs (chosen, rejected), and how often each pair stands in the member's resample."""
+    """A tree, its pairs (chosen, rejected), how often each pair stands in the member's resample, and its name."""
 
     tree: Tree
     pairs: tuple[tuple[int, int], ...]
     weights: tuple[int, ...]
+    name: str = ""
 
 
 def join_pairs(items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -64,7 +65,7 @@ class RewardTrainer(TreeTrainer):
         super().__init__(
             model,
             args,
-            train_items=[{"tree": e.tree, "example": e} for e in kept],
+            train_items=[{"tree": e.tree, "example": e, "name": e.name} for e in kept],
             eval_items=None if eval_examples is None else [{"tree": e.tree, "example": e} for e in eval_examples],
             join=join_pairs,
             **kwargs,

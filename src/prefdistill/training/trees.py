@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,12 +13,18 @@ import transformers
 from torch import Tensor, nn
 
 from prefdistill.data.tree import Tree, TreeBatch
-from prefdistill.errors import ConfigError
+from prefdistill.errors import ConfigError, TrainingError
 from prefdistill.models.allocator import keep_freed_memory
 from prefdistill.models.compiled import check_compiler, compile_layers
 from prefdistill.models.forward import TreeModel
 
 Item = Mapping[str, Any]
+NAMES_SHOWN = 4
+
+
+def _shape(tree: Tree) -> str:
+    """How a prompt is called that nobody named."""
+    return f"{len(tree.prompt_ids)} tokens from {', '.join(map(str, tree.prompt_ids[:4]))} on"
 
 
 def without_dropout(model: nn.Module) -> None:
@@ -36,12 +43,14 @@ def without_dropout(model: nn.Module) -> None:
 class TreeTrainer(transformers.Trainer):
     """A Trainer whose batches are trees and whose loss is a pure function of what the one forward returns.
 
-    An item is a mapping with `tree` (a Tree) and whatever the loss reads; `join` puts a batch's items together.
-    Subclasses write `loss_of`; metrics that it stores with `record` are averaged and logged with the loss.
+    An item is a mapping with `tree` (a Tree), `name` (what errors call it; optional) and whatever the loss reads;
+    `join` puts a batch's items together. Subclasses write `loss_of`; metrics that it stores with `record` are averaged
+    and logged with the loss.
 
     `args.torch_compile` compiles the model's layers, one for all.
 
     Raises:
+        TrainingError: in training: the loss or the gradient is not finite.
         ConfigError: several processes train together, or torch.compile lacks a compiler or layers to take.
     """
 
@@ -82,8 +91,13 @@ class TreeTrainer(transformers.Trainer):
 
         def collate(items: Sequence[Item]) -> dict[str, Any]:
             trees: list[Tree] = [item["tree"] for item in items]
-            return {"trees": trees, **join(items)}
+            return {
+                "trees": trees,
+                "names": [item.get("name") or _shape(item["tree"]) for item in items],
+                **join(items),
+            }
 
+        self._names: list[str] = []
         self._recorded: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         super().__init__(
             model=model,
@@ -111,7 +125,44 @@ class TreeTrainer(transformers.Trainer):
         batch = self.tree_model.collate(inputs["trees"], pool_pad_id=pad)
         with self.accelerator.autocast():
             loss = self.loss_of(batch, inputs)
+        if self.model.training:
+            self._names = inputs["names"]
+            self._check_finite("loss", loss.detach())
         return (loss, None) if return_outputs else loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        # Trainer's own place between backward pass and optimiser: a step on such gradients would ruin the weights.
+        norm = super()._get_grad_norm(model, grad_norm)
+        self._check_finite("gradient", torch.as_tensor(norm))
+        return norm
+
+    def _check_finite(self, what: str, value: Tensor) -> None:
+        """Stops a training whose numbers are none any more.
+
+        Raises:
+            TrainingError: the value is not finite; the message names the step, the prompts, the likely cause, and what
+                is left of the training.
+        """
+        if bool(value.isfinite().all()):
+            return
+        broken = [name for name, p in self.model.named_parameters() if not bool(p.isfinite().all())]
+        if broken and self.state.global_step:
+            cause = "the weights are not finite since an earlier step, which was too large: lower learning_rate"
+        elif broken:
+            cause = f"the weights were not finite at the start, such as {broken[0]}: they are broken"
+        elif what == "loss":
+            cause = "the model's outputs overflow on these prompts: look at them, try float32"
+            if self.state.global_step:
+                cause += "; or an earlier step was too large: lower learning_rate"
+        else:
+            cause = "the loss is finite and too steep: lower learning_rate, or try float32"
+        kept = sorted(Path(self.args.output_dir).glob("checkpoint-*"), key=lambda p: p.stat().st_mtime)
+        left = f"the last checkpoint is kept, {kept[-1]}" if kept else "there is no checkpoint yet"
+        shown = "; ".join(self._names[:NAMES_SHOWN]) + ("; ..." if len(self._names) > NAMES_SHOWN else "")
+        raise TrainingError(
+            f"the {what} is {float(value.flatten()[0])} in step {self.state.global_step + 1}, on {len(self._names)} "
+            f"prompts ({shown}): {cause}; {left}"
+        )
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None

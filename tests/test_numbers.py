@@ -1,0 +1,98 @@
+"""Numbers that are none any more stop a training: step, prompts and cause are said, the last checkpoint is good."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from prefdistill.cli import main
+from prefdistill.data.tree import Tree
+from prefdistill.errors import DataError, TrainingError
+from prefdistill.training.checkpoints import last_checkpoint, seal
+from prefdistill.training.distill import DistillExample, DistillTrainer
+from prefdistill.training.trees import TreeTrainer
+from test_distill import config, examples_near, policy
+from test_pipeline import data, model_folder  # noqa: F401
+
+ONE = {"per_device_train_batch_size": 1, "max_steps": 4, "warmup_steps": 0}
+
+
+def test_broken_weights_are_named(tmp_path):
+    model = policy()
+    examples = examples_near(model)
+    trainer = DistillTrainer(model, config(tmp_path, "dpo", **ONE), examples=examples)
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] = math.nan
+    with pytest.raises(
+        TrainingError, match=r"the loss is nan in step 1, on 1 prompts .*not finite at the start.*lm_head"
+    ):
+        trainer.train()
+
+
+def test_a_step_that_was_too_large_is_the_cause_and_the_checkpoint_before_it_is_good(tmp_path):
+    model = policy()
+    examples = examples_near(model)
+    arguments = config(tmp_path, "dpo", **ONE, save_strategy="steps", save_steps=1, learning_rate=1e-4)
+    trainer = DistillTrainer(model, arguments, examples=examples)
+    optimizer = trainer.create_optimizer()
+    steps = []
+
+    def blow_up(*args):
+        steps.append(1)
+        if len(steps) == 2:
+            with torch.no_grad():
+                next(model.parameters()).fill_(math.inf)
+
+    optimizer.register_step_post_hook(blow_up)
+    with pytest.raises(
+        TrainingError, match=r"in step 3, .*since an earlier step.*learning_rate; the last checkpoint is"
+    ):
+        trainer.train()
+    seal(tmp_path / "checkpoint-1")
+    kept = load_file(tmp_path / "checkpoint-1" / "model.safetensors")
+    assert all(t.isfinite().all() for t in kept.values())
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+
+
+def test_a_gradient_without_bounds_stops_before_the_step(tmp_path):
+    class Steep(TreeTrainer):
+        def loss_of(self, batch, inputs):
+            return (0 * self.tree_model.logps(batch).sum()).sqrt()  # 0, whose slope is infinite
+
+    model = policy()
+    before = [p.clone() for p in model.parameters()]
+    items = [{"tree": Tree((5, 6), ((7, 2),)), "name": "the steep prompt"}]
+    trainer = Steep(model, config(tmp_path, "dpo", **ONE), train_items=items, join=lambda items: {})
+    with pytest.raises(TrainingError, match=r"the gradient is nan in step 1, on 1 prompts \(the steep prompt\).*steep"):
+        trainer.train()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("column", ["reward", "reference log-prob"])
+def test_columns_that_are_given_must_be_finite(bad, column):
+    tree = Tree((5, 6), ((7, 2), (8, 2)))
+    logps, rewards = (-1.0, -2.0), ((0.0, 1.0), (0.5, 2.0))
+    if column == "reward":
+        rewards = (rewards[0], (0.5, bad))
+    else:
+        logps = (-1.0, bad)
+    with pytest.raises(DataError, match=rf"the {column} of response 1 is .*my prompt"):
+        DistillExample(tree, logps, rewards, ((0, 1),), name="my prompt")
+
+
+def test_the_command_says_so_and_ends_with_2(data, model_folder, tmp_path, capsys):  # noqa: F811
+    flags = ["--data", str(data), "--model", str(model_folder), "--output-dir", str(tmp_path / "run")]
+    flags += ["--methods", "dpo", "--precision", "float32", "--distill.learning_rate", "1e30"]
+    flags += ["--distill.training_arguments", "{max_grad_norm: 0}", "--distill.warmup_fraction", "0"]
+    assert main(["distill", *flags, "--distill.epochs", "5"]) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    last = said.strip().splitlines()[-1]
+    assert last.startswith("prefdistill: the ")
+    assert "lower learning_rate" in last
+    assert '("' in last, "prompts by their words"
+    assert not (tmp_path / "run" / "policy").exists()
