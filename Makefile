@@ -7,12 +7,13 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 QUICK ?=
+N ?= 50
 # Without a GPU the CPU build spares gigabytes of CUDA: from wherever pip finds it, else from PyTorch's own index.
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 INSTALL_TORCH = $(if $(HAS_GPU),$(PIP) install $(TORCH),$(PIP) install $(TORCH)+cpu 2>/dev/null \
 	|| $(PIP) install $(TORCH)+cpu --index-url https://download.pytorch.org/whl/cpu || $(PIP) install $(TORCH))
 
-.PHONY: help setup setup-dev quickstart quickstart-full test test-slow benchmark lint format embedded clean
+.PHONY: help setup setup-dev quickstart quickstart-full test test-slow crash-test benchmark lint format embedded clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
@@ -47,6 +48,9 @@ test: setup-dev ## the quick test suite
 
 test-slow: setup-dev ## the slow proofs: the main job on the real embedded model
 	$(BIN)/python -m pytest -m slow
+
+crash-test: setup-dev ## N=50 kills -9 at random instants of a tiny run: all come out bit-identical
+	$(BIN)/python tests/crash/harness.py $(N)
 
 lint: setup-dev ## ruff and mypy
 	$(BIN)/ruff check .

@@ -47,6 +47,7 @@ def main() -> int:
     if options.worker:
         serve(*options.worker, sizes)
         return 0
+    _rate(sizes.model)  # measured before anything else runs, and kept
     found = []
     for row in ROWS:
         if not options.rows or options.rows in row.name:

@@ -1,0 +1,179 @@
+"""`make crash-test N=50`: runs killed with SIGKILL at random instants and started again come out bit-identical.
+
+A tiny model goes through every stage. One run is left alone. Others are killed, mostly several times each, at instants
+drawn over their whole length, until there were N kills. Then, for every run: the files that make its result are those
+of the undisturbed one to the byte, and no stage that the manifest called done before a kill ran again after it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+OPTIONS = {
+    "methods": "[dpo,e-dpo]",
+    "precision": "float32",
+    "sft.enabled": True,
+    "sft.epochs": 2,
+    "sft.batch_prompts": 4,
+    "sample.reference_per_prompt": 2,
+    "sample.max_new_tokens": 6,
+    "reward.hold": "lora",
+    "reward.lora_rank": 2,
+    "reward.members": 2,
+    "reward.epochs": 2,
+    "reward.batch_prompts": 4,
+    "distill.epochs": 3,
+    "distill.batch_prompts": 4,
+    "distill.logging_steps": 1,
+    "distill.save_steps": 1,
+    "distill.checkpoints": 2,
+    "score.token_budget": 200,
+    "evaluate.max_new_tokens": 6,
+    "evaluate.samples": 2,
+    "evaluate.chosen_prompts": 4,
+}
+# What a run leaves: not the manifest, which tells how long stages took, nor the report, which shows it.
+RESULT = ("**/*.safetensors", "data/*.parquet", "columns/**/*.parquet", "evaluation/**/*.json", "policy/*/*.json")
+STAGE = re.compile(r"^\[\d+/\d+\] (\S+): (.*)")
+
+
+def attempt(config: Path, out: Path, log: Path, deadline: float | None) -> bool:
+    """One start of the run in a forked process, killed after `deadline` seconds; whether it came to its end."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            with log.open("w") as said:
+                os.dup2(said.fileno(), 2)
+                os.dup2(said.fileno(), 1)
+            import torch
+
+            from prefdistill.cli import main
+
+            torch.set_num_threads(1)
+            status = main(["run", str(config), "--output-dir", str(out)])
+        finally:
+            os._exit(status)
+    end = None if deadline is None else time.monotonic() + deadline
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            if os.waitstatus_to_exitcode(status) != 0:
+                raise SystemExit(f"a run ended with {status}:\n{log.read_text()[-3000:]}")
+            return True
+        if end is not None and time.monotonic() > end:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return False
+        time.sleep(0.002)
+
+
+def stages_of(log: Path) -> dict[str, str]:
+    """Stage -> what its line said, of one start."""
+    found = (STAGE.match(line) for line in log.read_text().splitlines())
+    return {m[1]: m[2] for m in found if m}
+
+
+def result_of(out: Path) -> dict[str, bytes]:
+    files = {f for pattern in RESULT for f in out.glob(pattern) if f.is_file() and ".work" not in f.parts}
+    return {f.relative_to(out).as_posix(): f.read_bytes() for f in sorted(files)}
+
+
+def differences(whole: dict[str, bytes], other: dict[str, bytes]) -> list[str]:
+    return sorted(name for name in whole.keys() | other.keys() if whole.get(name) != other.get(name))
+
+
+def prepare(folder: Path) -> Path:
+    """Data, a tiny model and the configuration."""
+    from test_pipeline import rows
+    from tiny_models import tiny
+    from tiny_tokenizers import gpt2
+
+    data, model = folder / "pairs.jsonl", folder / "model"
+    data.write_text("".join(json.dumps(r) + "\n" for r in rows(40)), encoding="utf-8")
+    tokenizer = gpt2()
+    tiny("llama", vocab_size=len(tokenizer), pad_token_id=None, eos_token_id=tokenizer.eos_token_id).save_pretrained(
+        model
+    )
+    tokenizer.save_pretrained(model)
+    from prefdistill.cli import parse
+
+    flags = {"data": data, "model": model, "output_dir": folder / "unused", **OPTIONS}
+    config = folder / "config.yaml"
+    config.write_text(parse("run", [f"--{k}={v}" for k, v in flags.items()]).as_yaml(), encoding="utf-8")
+    return config
+
+
+def crash(kills: int, seed: int, folder: Path, say=print) -> int:
+    """Kills runs until there were so many kills; returns how many kills ended in a result that is not identical."""
+    draw = random.Random(seed)
+    config, log = prepare(folder), folder / "log"
+    start = time.monotonic()
+    out = folder / "run"  # one place for all: results name the members' folders
+    attempt(config, out, log, None)
+    length = time.monotonic() - start
+    whole, planned = result_of(out), list(stages_of(log))
+    shutil.rmtree(out)
+    say(f"undisturbed: {length:.1f} s, {len(planned)} stages, {len(whole)} files of the result")
+    done = bad = run = 0
+    struck: Counter[str] = Counter()
+    while done < kills:
+        run += 1
+        finished, own = False, 0
+        kept: list[str] = []
+        while not finished:
+            # The instant lies anywhere in what is left of the run; now and then it comes to its end.
+            deadline = draw.uniform(0.0, length) if done < kills else None
+            finished = attempt(config, out, log, deadline)
+            said = stages_of(log)
+            again = [s for s in kept if s in said and said[s] != "done before"]
+            if again:
+                say(f"run {run}: done before the kill and run again: {', '.join(again)}")
+                bad += 1
+            manifest = out / "manifest.json"
+            kept = list(json.loads(manifest.read_text())["stages"]) if manifest.exists() else []
+            if not finished:
+                done, own = done + 1, own + 1
+                struck[next((s for s in reversed(said) if s not in kept), "between") if said else "start-up"] += 1
+        wrong = differences(whole, result_of(out))
+        left = [str(p.relative_to(out)) for p in out.rglob("*.part-*")]
+        if wrong:
+            say(f"run {run}, {own} kills: differs in {', '.join(wrong[:5])}")
+            bad += own
+        if left:
+            say(f"run {run}: half files are left: {', '.join(left[:5])}")
+        shutil.rmtree(out)
+    say("kills by stage: " + ", ".join(f"{s} {n}" for s, n in struck.most_common()))
+    say(f"{done} kills, {done - bad} identical ({run} runs, seed {seed})")
+    return bad
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("kills", type=int, nargs="?", default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["TQDM_DISABLE"] = "1"
+    import prefdistill.pipeline  # noqa: F401  (imported once, for all the forked runs)
+
+    with tempfile.TemporaryDirectory() as folder:
+        return min(1, crash(asked.kills, asked.seed, Path(folder), lambda text: print(text, flush=True)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
