@@ -29,6 +29,7 @@ OTHERS = {
     "bias": ("D_rho of any data: a fraction rho of the pairs prefers the longer response", "prefdistill.commands.bias"),
     "diagnose": ("what ails a run, with numbers, thresholds and remedies", "prefdistill.commands.diagnose"),
     "experiment": ("the paper's: length-bias, helpfulness", "prefdistill.commands.experiment"),
+    "judge": ("an LLM's win rates for a run's samples, each pair in both orders", "prefdistill.commands.judge"),
     "sweep": ("beta, alpha, checkpoints chosen on validation prompts, then tested", "prefdistill.commands.sweep"),
     "theory": ("the paper's claims in a small exact world, as a page", "prefdistill.commands.theory"),
 }
