@@ -63,7 +63,7 @@ def load_policy(name: str, *, trust_remote_code: bool = False) -> nn.Module:
         return AutoPeftModelForCausalLM.from_pretrained(name, dtype=torch.float32).merge_and_unload()
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, trust_remote_code=trust_remote_code
+            name, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
         )
     except UNREADABLE as error:
         raise ConfigError(not_loaded("model", name, error)) from error
@@ -115,7 +115,11 @@ def load_classifier(name: str, *, trust_remote_code: bool = False) -> nn.Module:
     """
     try:
         model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
-            name, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True
+            name,
+            dtype=torch.float32,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            use_safetensors=True,
         )
     except UNREADABLE as error:
         raise ConfigError(not_loaded("reward model", name, error)) from error
@@ -274,7 +278,11 @@ def new_classifier(base: str, pad_id: int | None, *, trust_remote_code: bool = F
     else:
         try:
             model = transformers.AutoModelForSequenceClassification.from_pretrained(
-                base, num_labels=1, dtype=torch.float32, trust_remote_code=trust_remote_code
+                base,
+                num_labels=1,
+                dtype=torch.float32,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
             )
         except UNREADABLE as error:
             raise ConfigError(not_loaded("base of a reward model", base, error)) from error
