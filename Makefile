@@ -13,7 +13,7 @@ HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 INSTALL_TORCH = $(if $(HAS_GPU),$(PIP) install $(TORCH),$(PIP) install $(TORCH)+cpu 2>/dev/null \
 	|| $(PIP) install $(TORCH)+cpu --index-url https://download.pytorch.org/whl/cpu || $(PIP) install $(TORCH))
 
-.PHONY: help setup setup-dev quickstart quickstart-full test test-slow crash-test benchmark lint format embedded clean
+.PHONY: help setup setup-dev quickstart quickstart-full test test-slow crash-test fuzz benchmark lint format embedded clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
@@ -51,6 +51,9 @@ test-slow: setup-dev ## the slow proofs: the main job on the real embedded model
 
 crash-test: setup-dev ## N=50 kills -9 at random instants of a tiny run: all come out bit-identical
 	$(BIN)/python tests/crash/harness.py $(N)
+
+fuzz: setup-dev ## N=100000 files of mutated rows: no exception but ours, no row silently changed
+	$(BIN)/python tests/fuzz/rows.py $(if $(filter file,$(origin N)),100000,$(N))
 
 lint: setup-dev ## ruff and mypy
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from fuzz.rows import fuzz
 from prefdistill.data.formats import Pair, load_pairs, to_pair
 from prefdistill.data.transcripts import common_length
 from prefdistill.errors import ConfigError, DataError
@@ -403,3 +404,64 @@ def test_load_pairs_stops_at_a_bad_row_and_reads_none_beyond_the_limit(tmp_path:
 def test_load_pairs_refuses_a_limit_below_one(limit: int) -> None:
     with pytest.raises(ConfigError, match="at least 1"):
         load_pairs("pairs.jsonl", limit=limit)
+
+
+LINES = """{"prompt": "a", "chosen": "b", "rejected": "c"}
+{"prompt": "a", "chosen": "b"
+[1, 2]
+{"prompt": "a", "chosen": "b", "chosen": "d", "rejected": "c"}
+{"prompt": "a", "chosen": " ", "rejected": "c"}
+{"prompt": "a", "chosen": "x", "rejected": "y"}
+"""
+
+
+def test_lines_that_are_no_rows_are_dropped_like_rows(tmp_path: Path) -> None:
+    """A broken line in the middle of JSON Lines costs that line, if dropping was asked for."""
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(LINES, encoding="utf-8")
+    told: dict[str, str] = {}
+    pairs = load_pairs(str(path), on_bad_row=lambda where, error: told.update({where: str(error)}))
+    assert [p.chosen for p in pairs] == ["b", "x"]
+    reasons = ["not valid JSON", "a list where an object", "has the key 'chosen' twice", "a blank response"]
+    for number, ((where, reason), expected) in enumerate(zip(told.items(), reasons, strict=True), start=2):
+        assert where == f"{path}, row {number}"
+        assert expected in reason
+    with pytest.raises(DataError, match=r"line 2, column .*not valid JSON"):
+        load_pairs(str(path))
+
+
+def test_csv_rows_of_another_length_are_dropped_like_rows(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.csv"
+    path.write_text("prompt,chosen,rejected\na,b,c\na,b\na,x,y\n", encoding="utf-8")
+    told: list[str] = []
+    pairs = load_pairs(str(path), on_bad_row=lambda where, error: told.append(where))
+    assert [p.chosen for p in pairs] == ["b", "x"]
+    assert told == [f"{path}, row 2"]
+
+
+@pytest.mark.parametrize("messages", [False, True])
+def test_a_pair_in_both_orders(messages: bool, tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+
+    def row(chosen: str, rejected: str) -> dict[str, Any]:
+        if not messages:
+            return {"prompt": "p", "chosen": chosen, "rejected": rejected}
+        say = lambda text: [{"role": "assistant", "content": text}]  # noqa: E731
+        return {"prompt": [{"role": "user", "content": "p"}], "chosen": say(chosen), "rejected": say(rejected)}
+
+    rows = [row("a", "b"), row("a", "b"), row("b", "c"), row("b", "a"), row("c", "a")]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    with pytest.raises(DataError, match=r"row 4, column 'chosen'.*the pair of .*row 1 in the other order.*both_orders"):
+        load_pairs(str(path))
+    told: list[str] = []
+    kept = load_pairs(str(path), on_bad_row=lambda where, error: told.append(where))
+    assert len(kept) == 4
+    assert told == [f"{path}, row 4"]
+    assert len(load_pairs(str(path), both_orders="keep")) == 5
+
+
+def test_mutated_files_raise_nothing_but_our_errors(tmp_path: Path) -> None:
+    """A little of `make fuzz`."""
+    counts = fuzz(500, 1, tmp_path)
+    assert sum(counts.values()) == 500
+    assert min(counts["all used"], counts["rows dropped"], counts["file refused"]) > 20

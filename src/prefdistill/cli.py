@@ -128,9 +128,11 @@ def _underscored(argument: str) -> str:
     if not argument.startswith("--"):
         return argument
     name, equals, value = argument.partition("=")
-    return "--" + name[2:].replace("-", "_") + equals + value
+    name = "--" + name[2:].replace("-", "_")
+    return SHORT.get(name, name) + equals + value
 
 
+SHORT = {"--on_bad_row": "--dataset.on_bad_row"}
 LISTS = ("--methods", "--reward.rho", "--reward.models", "--reward.pretrained", "--distill.members")
 
 

@@ -133,6 +133,7 @@ class RunConfig:
             ("precision", self.precision, ("auto", "float32", "bfloat16")),
             ("gradient_checkpointing", self.gradient_checkpointing, ("auto", "always", "never")),
             ("dataset.on_bad_row", self.dataset.on_bad_row, ("stop", "drop")),
+            ("dataset.both_orders", self.dataset.both_orders, ("stop", "keep")),
             ("reward.hold", self.reward.hold, ("head", "lora", "full")),
             ("reward.resample", self.reward.resample, RESAMPLES),
             ("distill.pessimism", self.distill.pessimism, ("pair", "batch", "hull", "hull-per-prompt")),

@@ -15,6 +15,8 @@ class DatasetOptions:
         config_name: the configuration of a hub data set.
         data_dir: the folder of a hub data set that keeps several in one repository, such as Anthropic's helpful-base.
         limit: use only the first rows (null: all).
+        both_orders: stop: a pair that stood before with its responses in the other order is a row that cannot be used;
+            keep: both count, since people may disagree.
         on_bad_row: stop at the first row that cannot be used, or drop such rows into data/rejected.jsonl.
         max_prompt_tokens: longer prompts are cut from their left, and counted.
         max_response_tokens: pairs with a longer response are dropped, and counted.
@@ -36,6 +38,7 @@ class DatasetOptions:
     data_dir: str | None = None
     limit: int | None = None
     on_bad_row: str = "stop"
+    both_orders: str = "stop"
     max_prompt_tokens: int = 512
     max_response_tokens: int = 512
     test_fraction: float = 0.15

@@ -14,6 +14,8 @@ column, what was found and what to do. Nothing is repaired or dropped in silence
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
@@ -65,13 +67,16 @@ def load_pairs(
     config_name: str | None = None,
     data_dir: str | None = None,
     limit: int | None = None,
+    both_orders: str = "stop",
     on_bad_row: Callable[[str, DataError], None] | None = None,
 ) -> list[Pair]:
     """The pairs of a file, folder or hub data set (see `sources.read_rows`), from at most `limit` rows.
 
     Args:
+        both_orders: "stop": a pair whose responses stood before in the other order is a bad row; "keep": people may
+            disagree.
         on_bad_row: told of each row that cannot be used (where, why), which is then left out; None: the first stops
-            the reading. A file that cannot be parsed stops it in any case.
+            the reading. A file that cannot be parsed beyond a row stops it in any case.
 
     Raises:
         DataError: the source cannot be read, or a row of it cannot be used and `on_bad_row` is None.
@@ -79,15 +84,37 @@ def load_pairs(
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit is {limit}: give at least 1, or leave it out to read every row.")
-    pairs = []
-    for where, row in islice(read_rows(source, split=split, config_name=config_name, data_dir=data_dir), limit):
+    pairs: list[Pair] = []
+    seen: dict[bytes, str] = {}
+    rows = read_rows(source, split=split, config_name=config_name, data_dir=data_dir, on_bad_line=on_bad_row)
+    for where, row in islice(rows, limit):
         try:
-            pairs.append(to_pair(row, where))
+            pair = to_pair(row, where)
+            if both_orders == "stop":
+                _check_order(pair, seen)
+            pairs.append(pair)
         except DataError as error:
             if on_bad_row is None:
                 raise
             on_bad_row(where, error)
     return pairs
+
+
+def _check_order(pair: Pair, seen: dict[bytes, str]) -> None:
+    """Refuses a pair that stood before in the other order; `seen` keeps a digest of every pair and where it stands."""
+
+    def digest(*parts: Text) -> bytes:
+        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).digest()
+
+    before = seen.get(digest(pair.prompt, pair.rejected, pair.chosen))
+    if before is not None:
+        raise _bad(
+            pair.where,
+            "chosen",
+            f"the pair of {before} in the other order",
+            "Keep the right one, or all of them with dataset.both_orders: keep if people disagreed",
+        )
+    seen.setdefault(digest(pair.prompt, pair.chosen, pair.rejected), pair.where)
 
 
 def to_pair(row: dict[str, Any], where: str) -> Pair:

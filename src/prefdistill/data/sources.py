@@ -19,6 +19,7 @@ from prefdistill.errors import DataError
 
 Row = dict[str, Any]
 Rows = Iterator[tuple[str, Row]]
+OnBad = Callable[[str, DataError], None]
 
 _BOM = b"\xef\xbb\xbf"
 _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
@@ -31,7 +32,12 @@ _BATCH_ROWS = 1024
 
 
 def read_rows(
-    source: str, *, split: str = "train", config_name: str | None = None, data_dir: str | None = None
+    source: str,
+    *,
+    split: str = "train",
+    config_name: str | None = None,
+    data_dir: str | None = None,
+    on_bad_line: OnBad | None = None,
 ) -> Rows:
     """Yields ``(where, row)`` for every row of `source`.
 
@@ -41,6 +47,9 @@ def read_rows(
         split: the split of a hub data set. A local file or folder has no splits: all its rows are read.
         config_name: the configuration of a hub data set, where it has several.
         data_dir: the folder of a hub data set, where it keeps several in one repository.
+        on_bad_line: told of each row that its format leaves alone in its fault (where, why), which is then left out: a
+            line of JSON Lines that is no object, an entry of a JSON list that is none, a CSV row with another number of
+            fields than the header. None: the first stops the reading.
 
     Raises:
         DataError: the source does not exist, cannot be read, holds no rows, is not UTF-8, or breaks its own format.
@@ -49,13 +58,17 @@ def read_rows(
     path = Path(source).expanduser()
     # Path("") is the current folder, which nobody means by an empty source.
     if source.strip() and path.exists():
-        return _file_after_file(_folder_files(path) if path.is_dir() else [path])
+        return _file_after_file(_folder_files(path) if path.is_dir() else [path], on_bad_line or _stop)
     if _looks_like_hub_id(source):
         return _hub_rows(source, split, config_name, data_dir)
     raise DataError(
         f"{source!r}: no such file or folder (looked from {Path.cwd()}). Give a file that ends in one of "
         f"{_endings()}, a folder of such files, or the id of a hub data set such as 'org/name'."
     )
+
+
+def _stop(where: str, error: DataError) -> None:
+    raise error
 
 
 def _looks_like_hub_id(source: str) -> bool:
@@ -66,7 +79,7 @@ def _endings() -> str:
     return ", ".join(_READERS)
 
 
-def _reader(path: Path) -> Callable[[Path], Rows] | None:
+def _reader(path: Path) -> Callable[[Path, OnBad], Rows] | None:
     name = path.name.lower()
     return next((reader for ending, reader in _READERS.items() if name.endswith(ending)), None)
 
@@ -87,18 +100,24 @@ def _folder_files(folder: Path) -> list[Path]:
     return readable
 
 
-def _file_after_file(paths: list[Path]) -> Rows:
+def _file_after_file(paths: list[Path], on_bad: OnBad) -> Rows:
     for path in paths:
-        yield from _file_rows(path)
+        yield from _file_rows(path, on_bad)
 
 
-def _file_rows(path: Path) -> Rows:
+def _file_rows(path: Path, on_bad: OnBad) -> Rows:
     reader = _reader(path)
     if reader is None:
         raise DataError(f"{path}: not a kind of file that can be read. Convert it to one of {_endings()}.")
     empty = True
+
+    def told(where: str, error: DataError) -> None:
+        nonlocal empty
+        empty = False  # it has rows, though bad ones
+        on_bad(where, error)
+
     try:
-        for where, row in reader(path):
+        for where, row in reader(path, told):
             empty = False
             yield where, row
     except (OSError, EOFError, zlib.error) as error:
@@ -170,26 +189,31 @@ def _parse(text: str, path: Path, line: int | None) -> Any:
         raise DataError(f"{place}: JSON that cannot be read ({error}). Shorten or flatten that value.") from error
 
 
-def _jsonl_rows(path: Path) -> Rows:
+def _jsonl_rows(path: Path, on_bad: OnBad) -> Rows:
     for number, line in enumerate(_text_lines(path), 1):
         if not line.strip():
             continue
-        row = _parse(line.rstrip("\r\n"), path, number)
-        if not isinstance(row, dict):
-            raise DataError(
-                f"{path}, line {number}: {_kind(row)} where an object with columns should stand. Write one object a "
-                f"line; a file that is one JSON list must end in .json instead of .jsonl."
-            )
-        yield f"{path}, row {number}", row
+        where = f"{path}, row {number}"
+        try:
+            row = _parse(line.rstrip("\r\n"), path, number)
+            if not isinstance(row, dict):
+                raise DataError(
+                    f"{path}, line {number}: {_kind(row)} where an object with columns should stand. Write one object "
+                    f"a line; a file that is one JSON list must end in .json instead of .jsonl."
+                )
+        except DataError as error:
+            on_bad(where, error)
+            continue
+        yield where, row
 
 
-def _json_rows(path: Path) -> Rows:
+def _json_rows(path: Path, on_bad: OnBad) -> Rows:
     text = "".join(_text_lines(path))
     if not text.strip():
         return
     # Published .json files are often JSON Lines (the TL;DR comparisons are): an object that ends before the file does.
     if _is_json_lines(text):
-        yield from _jsonl_rows(path)
+        yield from _jsonl_rows(path, on_bad)
         return
     content = _parse(text, path, None)
     rows = content.get("data") if isinstance(content, dict) else content
@@ -199,9 +223,11 @@ def _json_rows(path: Path) -> Rows:
             f"with one object a line must end in .jsonl."
         )
     for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, row {number}: {_kind(row)} where an object with columns should stand.")
-        yield f"{path}, row {number}", row
+        where = f"{path}, row {number}"
+        if isinstance(row, dict):
+            yield where, row
+        else:
+            on_bad(where, DataError(f"{where}: {_kind(row)} where an object with columns should stand."))
 
 
 def _is_json_lines(text: str) -> bool:
@@ -222,7 +248,7 @@ def _kind(value: Any) -> str:
 # --- CSV --------------------------------------------------------------------------------------------------------------
 
 
-def _csv_rows(path: Path) -> Rows:
+def _csv_rows(path: Path, on_bad: OnBad) -> Rows:
     # The module's limit of 131,072 characters a field is shorter than a long conversation; it can only be set globally.
     csv.field_size_limit(max(csv.field_size_limit(), _CSV_FIELD_LIMIT))
     # strict: an open quote is an error, instead of swallowing the rest of the file as one field.
@@ -237,18 +263,21 @@ def _csv_rows(path: Path) -> Rows:
             if header is None:
                 header = _checked_header(fields, path)
                 continue
+            number += 1
+            where = f"{path}, row {number}"
             if len(fields) != len(header):
-                raise DataError(
+                error = DataError(
                     f"{path}, line {first_line}: {len(fields)} fields where the header has {len(header)} "
                     f"({', '.join(map(repr, header))}). Put texts that hold commas or line ends in double quotes."
                 )
-            number += 1
-            yield f"{path}, row {number}", dict(zip(header, fields, strict=True))
-    except csv.Error as error:
+                on_bad(where, error)
+                continue
+            yield where, dict(zip(header, fields, strict=True))
+    except csv.Error as broken:
         raise DataError(
-            f"{path}, line {last_line + 1}: not valid CSV ({error}). Quote fields with double quotes, "
+            f"{path}, line {last_line + 1}: not valid CSV ({broken}). Quote fields with double quotes, "
             f"double the quotes inside them, and end lines with \\n or \\r\\n."
-        ) from error
+        ) from broken
 
 
 def _checked_header(header: list[str], path: Path) -> list[str]:
@@ -261,7 +290,7 @@ def _checked_header(header: list[str], path: Path) -> list[str]:
 # --- Parquet and the hub ----------------------------------------------------------------------------------------------
 
 
-def _parquet_rows(path: Path) -> Rows:
+def _parquet_rows(path: Path, on_bad: OnBad) -> Rows:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -304,7 +333,7 @@ def _hub_message(source: str, split: str, config_name: str | None, error: Except
     )
 
 
-_READERS: dict[str, Callable[[Path], Rows]] = {
+_READERS: dict[str, Callable[[Path, OnBad], Rows]] = {
     ".jsonl": _jsonl_rows,
     ".jsonl.gz": _jsonl_rows,
     ".json": _json_rows,

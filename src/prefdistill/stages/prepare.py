@@ -50,6 +50,7 @@ def read_pairs(run: Run) -> tuple[list[Pair], list[dict[str, Any]]]:
         config_name=options.config_name,
         data_dir=options.data_dir,
         limit=options.limit,
+        both_orders=options.both_orders,
         on_bad_row=None if options.on_bad_row == "stop" else _into(bad),
     )
     if not pairs:
