@@ -133,7 +133,7 @@ def _underscored(argument: str) -> str:
 
 
 SHORT = {"--on_bad_row": "--dataset.on_bad_row"}
-LISTS = ("--methods", "--reward.rho", "--reward.models", "--reward.pretrained", "--distill.members")
+LISTS = ("--methods", "--report_to", "--reward.rho", "--reward.models", "--reward.pretrained", "--distill.members")
 
 
 def _lists(argv: list[str]) -> list[str]:

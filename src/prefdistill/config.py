@@ -43,6 +43,8 @@ class RunConfig:
             memory, and less time where matrix products are fast (a GPU, a CPU with AMX).
         gradient_checkpointing: auto (where the largest training step would not fit into free memory), always or never;
             the gradients are equal, the step takes a third longer.
+        report_to: trackers that trainings report to, by transformers' names: tensorboard, wandb, mlflow, ...;
+            TensorBoard and wandb write into logs/ of the run directory unless their own variables say where.
         trust_remote_code: let a hub model run its own code.
         dataset: how pairs are read, encoded and split.
         sft: the supervised start.
@@ -61,6 +63,7 @@ class RunConfig:
     precision: str = "auto"
     compile: bool = False
     gradient_checkpointing: str = "auto"
+    report_to: list[str] = field(default_factory=list)
     trust_remote_code: bool = False
     dataset: DatasetOptions = field(default_factory=DatasetOptions)
     sft: SFTOptions = field(default_factory=SFTOptions)

@@ -21,6 +21,7 @@ from prefdistill.scoring import model_fingerprint
 from prefdistill.stages import distill, draw, evaluate, members, prepare, report
 from prefdistill.stages.encoders import encoder_of
 from prefdistill.stages.run import Run
+from prefdistill.training.trackers import check_trackers
 
 Outcome = tuple[list[Path], str]
 
@@ -60,6 +61,7 @@ def run(config: RunConfig, *, until: str | None = None) -> Path:
         ConfigError, DataError: an option or a row cannot be used; nothing was written if the run is new.
     """
     config.check()
+    check_trackers(config.report_to)
     _check_output(config)
     job = Run(config)
     # Bad data or a model that is not there must stop the run before its directory exists.

@@ -31,6 +31,7 @@ from prefdistill.models.memory import needs_checkpointing
 from prefdistill.models.precision import choose_precision
 from prefdistill.progress import Progress, on_terminal
 from prefdistill.scoring import Column
+from prefdistill.training.trackers import track_in
 
 
 @dataclass
@@ -184,6 +185,8 @@ class Run:
         every = options.get("logging_steps", 1)
         if "save_steps" in options:
             options["save_steps"] = -(-options["save_steps"] // every) * every
+        name = folder.name.rpartition("-")[0] or folder.name  # without the fingerprint
+        track_in(self.root / "logs", name, self.config.report_to)
         checkpointing = needs_checkpointing(
             self.config.gradient_checkpointing,
             model,
@@ -197,7 +200,8 @@ class Run:
         return {
             "output_dir": str(folder),
             "seed": self.config.seed,
-            "report_to": [],
+            "report_to": self.config.report_to,
+            "run_name": f"{self.root.name}-{name}",
             "disable_tqdm": True,
             "use_cpu": self.device.type == "cpu",
             "bf16": self.precision == "bfloat16",

@@ -13,6 +13,7 @@ from prefdistill.progress import Progress
 from prefdistill.seals import is_whole, seal
 from prefdistill.stopping import Request, stop_requests
 from prefdistill.training.callbacks import ProgressCallback
+from prefdistill.training.trackers import end_tracking
 
 
 def train_to_end(trainer: transformers.Trainer, work: Path, progress: Progress) -> None:
@@ -27,6 +28,7 @@ def train_to_end(trainer: transformers.Trainer, work: Path, progress: Progress) 
         for callback in (ProgressCallback(progress), _StopCallback(request), _SealCallback()):
             trainer.add_callback(callback)
         trainer.train(resume_from_checkpoint=last_checkpoint(work))
+        end_tracking(trainer.args.report_to)
         if request.reason is not None:
             raise request.reason
 
