@@ -30,6 +30,7 @@ OTHERS = {
     "diagnose": ("what ails a run, with numbers, thresholds and remedies", "prefdistill.commands.diagnose"),
     "experiment": ("the paper's: length-bias, helpfulness", "prefdistill.commands.experiment"),
     "judge": ("an LLM's win rates for a run's samples, each pair in both orders", "prefdistill.commands.judge"),
+    "push": ("a policy's model card, and the policy to the hub", "prefdistill.commands.push"),
     "sweep": ("beta, alpha, checkpoints chosen on validation prompts, then tested", "prefdistill.commands.sweep"),
     "theory": ("the paper's claims in a small exact world, as a page", "prefdistill.commands.theory"),
 }
