@@ -27,8 +27,8 @@ from `{{ base }}`, on {{ pairs }} preference pairs over {{ prompts }} prompts of
 | {{ name }} | {{ value }} |
 {% endfor %}
 Intervals are 95%, by bootstrap over whole prompts. Advantage: the judge's score of a response less the mean score of
-the starting policy's responses to the same prompt. What chance alone does, the starting policy against itself: advantage
-{{ chance }}.
+the starting policy's responses to the same prompt. What chance alone does, the starting policy against itself:
+advantage {{ chance }}.
 {% if warnings %}
 ## What to be careful of
 
