@@ -261,7 +261,7 @@ def test_all_pairs_reach_responses_that_no_label_names(tmp_path):
     examples = examples_near(model)
     for pairs, expected in (("labelled", 4), ("all", 6 + 1 + 3)):
         trainer = DistillTrainer(model, config(tmp_path, "d-dpo", pairs=pairs), examples=examples)
-        assert len(next(iter(trainer.get_train_dataloader()))["pairs"]) == expected
+        assert len(trainer.join(next(iter(trainer.get_train_dataloader()))["items"])["pairs"]) == expected
     unlabelled = [DistillExample(e.tree, e.reference_logps, e.rewards) for e in examples]
     logged, _ = first_step(DistillTrainer(model, config(tmp_path, "d-dpo", max_steps=1), examples=unlabelled))
     assert logged["distillation/error"] > 0
@@ -559,11 +559,3 @@ def test_unknown_and_rewardless_losses():
         pair_losses("d_dpo", h, None, LossOptions())
     with pytest.raises(ConfigError, match="unknown loss"):
         pair_losses("nonsense", h, h[None], LossOptions())
-
-
-def test_several_processes_are_refused(tmp_path, monkeypatch):
-    """Each would train a policy of its own on its share of the data, and none would say so."""
-    monkeypatch.setattr(DistillConfig, "world_size", 2)
-    model = policy()
-    with pytest.raises(ConfigError, match="one process"):
-        DistillTrainer(model, config(tmp_path, "dpo"), examples=examples_near(model))

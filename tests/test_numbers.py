@@ -59,8 +59,11 @@ def test_a_step_that_was_too_large_is_the_cause_and_the_checkpoint_before_it_is_
 
 def test_a_gradient_without_bounds_stops_before_the_step(tmp_path):
     class Steep(TreeTrainer):
-        def loss_of(self, batch, inputs):
-            return (0 * self.tree_model.logps(batch).sum()).sqrt()  # 0, whose slope is infinite
+        def values_of(self, batch):
+            return self.tree_model.logps(batch)
+
+        def loss_of(self, values, inputs):
+            return (0 * values.sum()).sqrt()  # 0, whose slope is infinite
 
     model = policy()
     before = [p.clone() for p in model.parameters()]

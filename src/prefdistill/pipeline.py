@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -61,6 +62,11 @@ def run(config: RunConfig, *, until: str | None = None) -> Path:
         ConfigError, DataError: an option or a row cannot be used; nothing was written if the run is new.
     """
     config.check()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            f"a run's stages work in one process, and this is one of {os.environ['WORLD_SIZE']}; start it without "
+            "torchrun or accelerate launch (the trainers themselves take several, see examples/distributed.py)"
+        )
     check_trackers(config.report_to)
     _check_output(config)
     job = Run(config)

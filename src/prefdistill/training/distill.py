@@ -207,8 +207,11 @@ class DistillTrainer(TreeTrainer):
             **kwargs,
         )
 
-    def loss_of(self, batch: TreeBatch, inputs: Mapping[str, Any]) -> Tensor:
-        policy, reference, rewards = self.tree_model.logps(batch), inputs["reference_logps"], inputs["rewards"]
+    def values_of(self, batch: TreeBatch) -> Tensor:
+        return self.tree_model.logps(batch)
+
+    def loss_of(self, values: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        policy, reference, rewards = values, inputs["reference_logps"], inputs["rewards"]
         first, second = inputs["pairs"].unbind(1)
         h = losses.implicit_margin(policy[first], policy[second], reference[first], reference[second])
         margins = rewards[:, first] - rewards[:, second] if len(rewards) else None

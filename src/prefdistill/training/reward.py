@@ -71,10 +71,12 @@ class RewardTrainer(TreeTrainer):
             **kwargs,
         )
 
-    def loss_of(self, batch: TreeBatch, inputs: Mapping[str, Any]) -> Tensor:
-        rewards = self.tree_model.rewards(batch).double()
+    def values_of(self, batch: TreeBatch) -> Tensor:
+        return self.tree_model.rewards(batch).double()
+
+    def loss_of(self, values: Tensor, inputs: Mapping[str, Any]) -> Tensor:
         pairs, weights = inputs["pairs"], inputs["weights"]
-        margins = rewards[pairs[:, 0]] - rewards[pairs[:, 1]]
+        margins = values[pairs[:, 0]] - values[pairs[:, 1]]
         total = weights.sum()
         self.record(
             accuracy=(weights * (margins > 0)).sum() / total,

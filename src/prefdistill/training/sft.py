@@ -39,7 +39,9 @@ class SFTTrainer(TreeTrainer):
             **kwargs,
         )
 
-    def loss_of(self, batch: TreeBatch, inputs: Mapping[str, Any]) -> Tensor:
-        token_logps = self.tree_model.token_logps(batch)
-        self.record(token_nll=-token_logps.mean())
-        return -token_logps.mean()
+    def values_of(self, batch: TreeBatch) -> Tensor:
+        return self.tree_model.token_logps(batch)
+
+    def loss_of(self, values: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        self.record(token_nll=-values.mean())
+        return -values.mean()

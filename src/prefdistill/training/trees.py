@@ -13,10 +13,11 @@ import transformers
 from torch import Tensor, nn
 
 from prefdistill.data.tree import Tree, TreeBatch
-from prefdistill.errors import ConfigError, TrainingError
+from prefdistill.errors import TrainingError
 from prefdistill.models.allocator import keep_freed_memory
 from prefdistill.models.compiled import check_compiler, compile_layers
 from prefdistill.models.forward import TreeModel
+from prefdistill.training.processes import route_tree_calls, together
 
 Item = Mapping[str, Any]
 NAMES_SHOWN = 4
@@ -44,14 +45,17 @@ class TreeTrainer(transformers.Trainer):
     """A Trainer whose batches are trees and whose loss is a pure function of what the one forward returns.
 
     An item is a mapping with `tree` (a Tree), `name` (what errors call it; optional) and whatever the loss reads;
-    `join` puts a batch's items together. Subclasses write `loss_of`; metrics that it stores with `record` are averaged
-    and logged with the loss.
+    `join` puts a batch's items together. Subclasses write `values_of` and `loss_of`; metrics that the latter stores
+    with `record` are averaged and logged with the loss.
+
+    Several processes (torchrun, accelerate launch) take the step that one would take on all their trees: the loss is
+    that of the trees of all of them, whatever its denominators are.
 
     `args.torch_compile` compiles the model's layers, one for all.
 
     Raises:
         TrainingError: in training: the loss or the gradient is not finite.
-        ConfigError: several processes train together, or torch.compile lacks a compiler or layers to take.
+        ConfigError: torch.compile lacks a compiler or layers to take.
     """
 
     dropout = False  # whether the model's own dropout is kept
@@ -67,36 +71,25 @@ class TreeTrainer(transformers.Trainer):
         join: Callable[[Sequence[Item]], dict[str, Any]],
         **kwargs: Any,
     ) -> None:
-        if args.world_size > 1:
-            # The forward goes round the wrapper that would add up the processes' gradients.
-            raise ConfigError(
-                f"training runs in one process, and this is one of {args.world_size}; start it without "
-                "torchrun or accelerate launch"
-            )
         # Trees are not columns, and no label tensor exists for Trainer to look for.
         args.remove_unused_columns = False
         args.label_names = []
         if not self.dropout:
             without_dropout(model)
         self.tree_model = TreeModel(model)
+        if args.world_size > 1:
+            route_tree_calls(self.tree_model.core)
         if args.device.type == "cpu":
             keep_freed_memory()
         if args.torch_compile:
             check_compiler(args.device)
             compile_layers(self.tree_model.backbone)
-            # The forward goes round accelerate's wrapper: it need compile nothing, here or in a later trainer.
+            # Layers are compiled one by one: accelerate need compile nothing, here or in a later trainer.
             args.torch_compile = False
             for name in [n for n in os.environ if n.startswith("ACCELERATE_DYNAMO_")]:
                 del os.environ[name]
 
-        def collate(items: Sequence[Item]) -> dict[str, Any]:
-            trees: list[Tree] = [item["tree"] for item in items]
-            return {
-                "trees": trees,
-                "names": [item.get("name") or _shape(item["tree"]) for item in items],
-                **join(items),
-            }
-
+        self.join = join
         self._names: list[str] = []
         self._recorded: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         super().__init__(
@@ -104,12 +97,16 @@ class TreeTrainer(transformers.Trainer):
             args=args,
             train_dataset=list(train_items),  # type: ignore[arg-type]
             eval_dataset=list(eval_items) if eval_items is not None else None,  # type: ignore[arg-type]
-            data_collator=collate,
+            data_collator=lambda items: {"items": list(items)},
             **kwargs,
         )
 
-    def loss_of(self, batch: TreeBatch, inputs: Mapping[str, Any]) -> Tensor:
-        """The batch's mean loss, a scalar."""
+    def values_of(self, batch: TreeBatch) -> Tensor:
+        """What the loss reads of the model, one number a response (or a token), in order of the trees."""
+        raise NotImplementedError
+
+    def loss_of(self, values: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        """The batch's mean loss, a scalar, from what `values_of` and `join` gave for the trees of all processes."""
         raise NotImplementedError
 
     def record(self, **values: Tensor | float) -> None:
@@ -121,13 +118,24 @@ class TreeTrainer(transformers.Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        items: list[Item] = inputs["items"]
         pad = self.tree_model.config.pad_token_id if self.pool else None
-        batch = self.tree_model.collate(inputs["trees"], pool_pad_id=pad)
-        with self.accelerator.autocast():
-            loss = self.loss_of(batch, inputs)
+        batch = self.tree_model.collate([item["tree"] for item in items], pool_pad_id=pad)
+
+        def call() -> Tensor:
+            with self.accelerator.autocast():
+                return self.values_of(batch)
+
+        if self.args.world_size > 1:
+            values, items = together(model(tree_call=call), items)
+        else:
+            values = call()
+        loss = self.loss_of(values, self.join(items))
         if self.model.training:
-            self._names = inputs["names"]
+            self._names = [item.get("name") or _shape(item["tree"]) for item in items]
             self._check_finite("loss", loss.detach())
+        # Processes average their gradients, and every one has the whole loss but its own share of the gradient.
+        loss = loss + (self.args.world_size - 1) * (loss - loss.detach())
         return (loss, None) if return_outputs else loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:

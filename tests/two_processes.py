@@ -1,0 +1,76 @@
+"""Started by test_processes.py under torchrun: trains what it is told to and writes the loss curve."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+import numpy as np
+import torch
+from torch.distributed.tensor import DTensor
+from transformers import TrainingArguments
+
+from prefdistill.data.tree import Tree
+from prefdistill.training.distill import DistillConfig, DistillExample, DistillTrainer
+from prefdistill.training.reward import RewardExample, RewardTrainer
+from prefdistill.training.sft import SFTTrainer
+from tiny_models import QUIET, tiny
+
+
+def trees(n: int) -> list[Tree]:
+    """Prompts and responses of many lengths, so that no two processes have as many pairs or tokens."""
+    rng = np.random.default_rng(0)
+    draw = lambda m: tuple(int(i) for i in rng.integers(3, 100, m))  # noqa: E731
+    return [Tree(draw(rng.integers(1, 9)), tuple(draw(rng.integers(1, 7)) for _ in range(2 + i % 3))) for i in range(n)]
+
+
+def trainer_of(kind: str, folder: str, batch: int, **options):
+    torch.manual_seed(0)
+    rng = np.random.default_rng(1)
+    made = trees(16)
+    common = {
+        **QUIET,
+        "output_dir": folder,
+        "per_device_train_batch_size": batch,
+        "num_train_epochs": 2,
+        "learning_rate": 1e-3,
+        **options,
+    }
+    if kind == "reward":
+        model = tiny("llama", classifier=True, num_hidden_layers=2)
+        pairs = [tuple((0, j) for j in range(1, len(t.responses))) for t in made]
+        examples = [RewardExample(t, p, (1,) * len(p)) for t, p in zip(made, pairs, strict=True)]
+        return RewardTrainer(model, TrainingArguments(**common), examples=examples)
+    model = tiny("llama", num_hidden_layers=2)
+    if kind == "sft":
+        return SFTTrainer(model, TrainingArguments(**common), trees=made)
+    examples = [
+        DistillExample(
+            t,
+            tuple((-10 * rng.random(len(t.responses))).tolist()),
+            tuple(tuple(rng.normal(size=len(t.responses)).tolist()) for _ in range(3)),
+            ((0, 1),),
+            (1,) if i % 3 else (),
+        )
+        for i, t in enumerate(made)
+    ]
+    arguments = DistillConfig(**common, method="e-dpo", pessimism="batch", kl_alpha=0.1)
+    return DistillTrainer(model, arguments, examples=examples)
+
+
+def main(kind: str, folder: str, out: str, batch: str, options: str) -> None:
+    trainer = trainer_of(kind, folder, int(batch), **json.loads(options))
+    trainer.train()
+    sharded = any(isinstance(p, DTensor) for p in trainer.model.parameters())
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if int(os.environ.get("RANK", "0")) == 0:
+        lines = [h for h in trainer.state.log_history if "loss" in h]
+        curve = [{k: v for k, v in h.items() if k not in ("epoch", "step")} for h in lines]
+        norm = float(sum(t.double().square().sum() for t in state.values()) ** 0.5)
+        with open(out, "w") as file:
+            json.dump({"curve": curve, "norm": norm, "sharded": sharded}, file)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
