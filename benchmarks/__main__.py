@@ -10,6 +10,7 @@ import os
 import platform
 import statistics
 import sys
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ FOLDER = Path(__file__).parent
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--rows", help="only rows whose name holds this text")
+    parser.add_argument("--rows", help="only rows whose name holds one of these texts, a,b; others stay as they were")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each side")
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--model", default="135m", help="135m or tiny")
@@ -48,25 +49,45 @@ def main() -> int:
         serve(*options.worker, sizes)
         return 0
     _rate(sizes.model)  # measured before anything else runs, and kept
-    found = []
+    results = _earlier(options.output, {"machine": _machine(), "versions": _versions(), "sizes": vars(sizes)})
+    order = [row.name for row in ROWS]
+
+    def asked(name: str) -> bool:
+        return not options.rows or any(text in name for text in options.rows.split(","))
+
     for row in ROWS:
-        if not options.rows or options.rows in row.name:
-            found.append(_measure(row, sizes, options))
-            print(_line(found[-1]), flush=True)
-    grown = None
-    if not options.rows or options.rows in "growth":
+        if asked(row.name):
+            found = _measure(row, sizes, options)
+            kept = [r for r in results["rows"] if r["name"] != row.name]
+            results["rows"] = sorted([*kept, found], key=lambda r: order.index(r["name"]))
+            print(_line(found), flush=True)
+            _write(options.output, results)
+    if asked("growth"):
         from benchmarks.growth import growth
         from prefdistill.models.precision import choose_precision
 
-        grown = growth(sizes, choose_precision("auto", config_of(sizes.model)))
-    results = {"rows": found, "growth": grown, "machine": _machine(), "versions": _versions(), "sizes": vars(sizes)}
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    (options.output / "RESULTS.md").write_text(markdown(results, picture="results.svg"), encoding="utf-8")
-    drawn = picture(found)
-    if drawn is not None:
-        (options.output / "results.svg").write_text(svg_of(drawn), encoding="utf-8")
+        results["growth"] = growth(sizes, choose_precision("auto", config_of(sizes.model)))
+        _write(options.output, results)
     return 0
+
+
+def _earlier(folder: Path, conditions: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier call has measured under the same conditions, to which rows are added; nothing otherwise."""
+    file = folder / "results.json"
+    empty: dict[str, Any] = {"rows": [], "growth": None, **conditions}
+    if not file.exists():
+        return empty
+    earlier: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return earlier if all(earlier.get(name) == value for name, value in conditions.items()) else empty
+
+
+def _write(folder: Path, results: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    (folder / "RESULTS.md").write_text(markdown(results, picture="results.svg"), encoding="utf-8")
+    drawn = picture(results["rows"])
+    if drawn is not None:
+        (folder / "results.svg").write_text(svg_of(drawn), encoding="utf-8")
 
 
 def _measure(row: Any, sizes: Any, options: Any) -> dict[str, Any]:
@@ -119,7 +140,12 @@ def _measure(row: Any, sizes: Any, options: Any) -> dict[str, Any]:
 
 
 def _trials(row: Any, side: str, sizes: Any) -> dict[str, float]:
-    """Seconds of a side's second step in each precision, alone on the machine; infinite where memory falls short."""
+    """Seconds of a side's second step in each precision, alone on the machine; infinite where memory falls short.
+
+    A trial step is a quarter of the work where it is a batch: it only has to tell which is faster.
+    """
+    if not row.whole:
+        sizes = replace(sizes, batch_prompts=max(1, sizes.batch_prompts // 4))
     found = {}
     for precision in ("float32", "bfloat16"):
         try:

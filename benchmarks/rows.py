@@ -150,6 +150,7 @@ ROWS = (
         {"ours": _scoring(scoring.ours), **_TRL_SCORING},
         training=False,
         whole=True,
+        fixed_prompts=4,
     ),
     Row(
         "rewards of five LoRA members",
@@ -162,6 +163,7 @@ ROWS = (
         head=False,
         whole=True,
         passes=members.MEMBERS,
+        fixed_prompts=3,
     ),
     Row(
         "sampling 200 responses",
