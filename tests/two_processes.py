@@ -8,6 +8,8 @@ import sys
 
 import numpy as np
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
@@ -59,15 +61,41 @@ def trainer_of(kind: str, folder: str, batch: int, **options):
     return DistillTrainer(model, arguments, examples=examples)
 
 
+def by_hand(batch: int, sharded: bool) -> tuple[list[dict[str, float]], float, bool]:
+    """Steps of AdamW on e-DPO without Trainer, weights sharded by FSDP2 where asked for: accelerate does not on a CPU."""
+    trainer = trainer_of("distill", "unused", batch)
+    model: torch.nn.Module = trainer.model.train()
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if sharded:
+        mesh = init_device_mesh("cpu", (world,))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    items, curve = list(trainer.train_dataset), []
+    for start in range(0, len(items), batch * world):
+        own = items[start + rank * batch : start + (rank + 1) * batch]
+        loss = trainer.compute_loss(model, {"items": own})
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        curve.append({"loss": float(loss)})
+    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
+    norm = float(sum(p.double().square().sum() for p in whole) ** 0.5)
+    return curve, norm, any(isinstance(p, DTensor) for p in model.parameters())
+
+
 def main(kind: str, folder: str, out: str, batch: str, options: str) -> None:
-    trainer = trainer_of(kind, folder, int(batch), **json.loads(options))
-    trainer.train()
-    sharded = any(isinstance(p, DTensor) for p in trainer.model.parameters())
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if kind == "fsdp2":
+        curve, norm, sharded = by_hand(int(batch), **json.loads(options))
+    else:
+        trainer = trainer_of(kind, folder, int(batch), **json.loads(options))
+        trainer.train()
         lines = [h for h in trainer.state.log_history if "loss" in h]
         curve = [{k: v for k, v in h.items() if k not in ("epoch", "step")} for h in lines]
-        norm = float(sum(t.double().square().sum() for t in state.values()) ** 0.5)
+        norm = float(sum(p.double().square().sum() for p in trainer.model.parameters()) ** 0.5)
+        sharded = False
+    if int(os.environ.get("RANK", "0")) == 0:
         with open(out, "w") as file:
             json.dump({"curve": curve, "norm": norm, "sharded": sharded}, file)
 
