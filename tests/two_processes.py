@@ -62,7 +62,7 @@ def trainer_of(kind: str, folder: str, batch: int, **options):
 
 
 def by_hand(batch: int, sharded: bool) -> tuple[list[dict[str, float]], float, bool]:
-    """Steps of AdamW on e-DPO without Trainer, weights sharded by FSDP2 where asked for: accelerate does not on a CPU."""
+    """Steps of AdamW on e-DPO without Trainer, weights sharded by FSDP2 if asked for; accelerate does not on a CPU."""
     trainer = trainer_of("distill", "unused", batch)
     model: torch.nn.Module = trainer.model.train()
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from prefdistill.data.tree import Tree, TreeBatch, collate_packed, collate_plain, collate_trees, tree_mask
 from prefdistill.errors import ConfigError
+from prefdistill.models.allocator import keep_freed_memory
 from prefdistill.models.attention import carrier_mask, give_back, take_over
 from prefdistill.models.backbone import backbone_of, device_of, unwrap
 from prefdistill.models.head import Scaling, head_logps
@@ -56,6 +57,8 @@ class TreeModel:
                 raise ConfigError(f"{type(self.core).__name__} cannot take the packed path: it does not attend by sdpa")
             if path != "plain":
                 self._mask_form = _mask_forms(self.config)[0]
+        if device_of(model).type == "cpu":
+            keep_freed_memory()
         lighten_norms(self.backbone)  # for scoring as for training: a policy's first margins are zero to the bit
         self._own_logits = not _head_is_known(self)
 
@@ -227,7 +230,7 @@ def _probe(model: TreeModel) -> tuple[Path, str]:
 
 
 def _paths(model: TreeModel) -> list[Path]:
-    # On a GPU a padded batch under one kernel beats many small blocks.
+    # A block is some small products: on a GPU each would be a launch of its own.
     packs = device_of(model.model).type == "cpu" and take_over(model.core)
     return ["packed", "tree"] if packs else ["tree"]
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from prefdistill.data.tree import Tree, TreeBatch
 from prefdistill.errors import TrainingError
-from prefdistill.models.allocator import keep_freed_memory
 from prefdistill.models.compiled import check_compiler, compile_layers
 from prefdistill.models.forward import TreeModel
 from prefdistill.training.processes import route_tree_calls, together
@@ -79,8 +78,6 @@ class TreeTrainer(transformers.Trainer):
         self.tree_model = TreeModel(model)
         if args.world_size > 1:
             route_tree_calls(self.tree_model.core)
-        if args.device.type == "cpu":
-            keep_freed_memory()
         if args.torch_compile:
             check_compiler(args.device)
             compile_layers(self.tree_model.backbone)
