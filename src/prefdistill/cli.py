@@ -27,6 +27,7 @@ STAGE_OF = {"sft": "start"}
 # Commands that are no stage of a run: what they do, and the module whose `main` takes their flags.
 OTHERS = {
     "bias": ("D_rho of any data: a fraction rho of the pairs prefers the longer response", "prefdistill.commands.bias"),
+    "completion": ("a script for bash, zsh or fish to complete by", "prefdistill.commands.completion"),
     "diagnose": ("what ails a run, with numbers, thresholds and remedies", "prefdistill.commands.diagnose"),
     "experiment": ("the paper's: length-bias, helpfulness", "prefdistill.commands.experiment"),
     "judge": ("an LLM's win rates for a run's samples, each pair in both orders", "prefdistill.commands.judge"),

@@ -125,14 +125,9 @@ class RunConfig:
             except ConfigError as error:
                 raise ConfigError(f"distill.per_method.{method} {own}: {error}") from error
 
-    def _check_values(self) -> None:
-        if not self.methods:
-            raise ConfigError("methods is empty; name at least one, e.g. methods: [dpo, e-dpo]")
-        if len(set(self.methods)) < len(self.methods):
-            raise ConfigError(f"methods names one twice: {', '.join(self.methods)}")
-        for name in self.methods:
-            method_named(self.distill.method_of(name))
-        one_of = [
+    def one_of(self) -> list[tuple[str, str, tuple[str, ...]]]:
+        """Options whose values are words: name, value, and the words that it may be."""
+        return [
             ("precision", self.precision, ("auto", "float32", "bfloat16")),
             ("gradient_checkpointing", self.gradient_checkpointing, ("auto", "always", "never")),
             ("dataset.on_bad_row", self.dataset.on_bad_row, ("stop", "drop")),
@@ -144,7 +139,15 @@ class RunConfig:
             ("distill.kl_estimator", self.distill.kl_estimator, ("plain", "control-variate")),
             ("evaluate.split", self.evaluate.split, ("test", "validation")),
         ]
-        for name, text, allowed in one_of:
+
+    def _check_values(self) -> None:
+        if not self.methods:
+            raise ConfigError("methods is empty; name at least one, e.g. methods: [dpo, e-dpo]")
+        if len(set(self.methods)) < len(self.methods):
+            raise ConfigError(f"methods names one twice: {', '.join(self.methods)}")
+        for name in self.methods:
+            method_named(self.distill.method_of(name))
+        for name, text, allowed in self.one_of():
             if text not in allowed:
                 raise ConfigError(f"{name} is {text!r}; it must be one of {', '.join(allowed)}")
         fractions = {n: getattr(self.dataset, f"{n}_fraction") for n in ("test", "validation", "judge")}
