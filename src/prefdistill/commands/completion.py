@@ -90,7 +90,5 @@ def fish() -> str:
     values, under_way = known_values(), f"__fish_seen_subcommand_from {' '.join(stages)}"
     for option in options_of(RunConfig):
         words = f" -x -a '{' '.join(values[option])}'" if option in values else " -r"
-        lines.append(
-            f"complete -c prefdistill -n '__fish_seen_subcommand_from {' '.join(stages)}' -l {option[2:]}{words}"
-        )
+        lines.append(f"complete -c prefdistill -n '{under_way}' -l {option[2:]}{words}")
     return "\n".join(lines) + "\n"
