@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _command(command: str, argv: list[str]) -> int:
-    from prefdistill.errors import PrefdistillError
+    from prefdistill.errors import PrefdistillError, is_disk_full
 
     # Libraries' bars go away; tqdm reads this when it is imported, which parsing may do.
     os.environ.setdefault("TQDM_DISABLE", "1")
@@ -90,6 +90,16 @@ def _command(command: str, argv: list[str]) -> int:
         pipeline.run(config, until=None if command == "run" else STAGE_OF.get(command, command))
     except PrefdistillError as error:
         print(f"prefdistill: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        print(
+            f"prefdistill: the disk is full ({reason}); what was finished is kept: make room, and the same command "
+            "goes on",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt as stop:
         told = isinstance(stop, Terminated)

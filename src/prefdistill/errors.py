@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 
 class PrefdistillError(Exception):
     """Base of every error that names its cause and what to do about it."""
@@ -17,3 +19,15 @@ class ConfigError(PrefdistillError):
 
 class TrainingError(PrefdistillError):
     """A training whose loss or gradients are no longer numbers; its last good checkpoint is kept."""
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a library says, each in its own way, that a file system has no room left."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    # safetensors passes on Rust's words; torch.save says where in its archive it could not go on, and no more.
+    said = str(error)
+    torchs = "PytorchStreamWriter failed writing file" in said or (
+        "inline_container" in said and "unexpected pos" in said
+    )
+    return f"os error {errno.ENOSPC}" in said or torchs
