@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import math
@@ -24,7 +25,7 @@ FOLDER = Path(__file__).parent
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--rows", help="only rows whose name holds one of these texts, a,b; others stay as they were")
+    parser.add_argument("--rows", help="only rows whose name holds one of these texts, a|b; others stay as they were")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each side")
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--model", default="135m", help="135m or tiny")
@@ -53,7 +54,7 @@ def main() -> int:
     order = [row.name for row in ROWS]
 
     def asked(name: str) -> bool:
-        return not options.rows or any(text in name for text in options.rows.split(","))
+        return not options.rows or any(text in name for text in options.rows.split("|"))
 
     for row in ROWS:
         if asked(row.name):
@@ -97,22 +98,16 @@ def _measure(row: Any, sizes: Any, options: Any) -> dict[str, Any]:
     sizes = row.sizes(sizes)
     trials = {side: _trials(row, side, sizes) for side in row.sides}
     fastest = {side: min(found, key=lambda p: found[p]) for side, found in trials.items()}
-    peer = min((s for s in row.sides if s != "ours"), key=lambda s: trials[s][fastest[s]])
-    # One after the other, so that what else the machine does falls on both alike.
-    with (
-        worker(row.name, "ours", fastest["ours"], sizes) as mine,
-        worker(row.name, peer, fastest[peer], sizes) as other,
-    ):
-        both = {"ours": mine, peer: other}
-        seconds: dict[str, list[float]] = {name: [] for name in both}
-        warmup, steps = (0, row.steps) if row.steps else (options.warmup, options.steps)
-        for number in range(warmup + steps):
-            for name, side in both.items():
-                took = side.step()
-                if number >= warmup:
-                    seconds[name].append(took)
-        memory = {name: side.peak for name, side in both.items()}
-    ours, theirs = ((sum if row.steps else statistics.median)(seconds[name]) for name in both)
+    peers = sorted((s for s in row.sides if s != "ours"), key=lambda s: trials[s][fastest[s]])
+    for peer in peers:
+        try:
+            seconds, memory = _in_turn(row, {"ours": fastest["ours"], peer: fastest[peer]}, sizes, options)
+            break
+        except Fallen:
+            print(f"{row.name}: {peer} does not fit into memory beside ours", flush=True)
+    else:
+        raise SystemExit(f"{row.name}: no peer fits into memory beside ours; give a smaller --batch-prompts")
+    ours, theirs = ((sum if row.steps else statistics.median)(seconds[name]) for name in ("ours", peer))
     prompts = row.prompts(sizes)
     batch = prompts if row.whole else prompts[: sizes.batch_prompts]
     times = row.passes * (row.steps or 1)
@@ -137,6 +132,25 @@ def _measure(row: Any, sizes: Any, options: Any) -> dict[str, Any]:
         / ours
         / _rate(sizes.model),
     }
+
+
+def _in_turn(
+    row: Any, sides: dict[str, str], sizes: Any, options: Any
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Seconds of the steps of sides, each in its precision, one after the other; and what each held at most.
+
+    In turn, so that what else the machine does falls on all alike.
+    """
+    warmup, steps = (0, row.steps) if row.steps else (options.warmup, options.steps)
+    with contextlib.ExitStack() as stack:
+        started = {s: stack.enter_context(worker(row.name, s, p, sizes)) for s, p in sides.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in started}
+        for number in range(warmup + steps):
+            for name, side in started.items():
+                took = side.step()
+                if number >= warmup:
+                    seconds[name].append(took)
+        return seconds, {name: side.peak for name, side in started.items()}
 
 
 def _trials(row: Any, side: str, sizes: Any) -> dict[str, float]:
