@@ -11,7 +11,9 @@ import os
 import platform
 import statistics
 import sys
+import time
 from dataclasses import replace
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from benchmarks.worker import Fallen, serve, worker
 from prefdistill.report.canvas import svg_of
 
 FOLDER = Path(__file__).parent
+RATE_ROWS, RATE_SECONDS = 2048, 1.5
 
 
 def main() -> int:
@@ -171,12 +174,27 @@ def _trials(row: Any, side: str, sizes: Any) -> dict[str, float]:
     return found
 
 
+@lru_cache(maxsize=1)
 def _rate(model: str) -> float:
-    """The best matrix product of this machine on the model's own shape, FLOP/s."""
-    from benchmarks.shapes import SIZES
-    from prefdistill.models.precision import _rates
+    """The best matrix product of this machine on the model's own shape and a step's tokens, FLOP/s."""
+    import torch
 
-    return max(_rates(SIZES[model]["hidden_size"], SIZES[model]["intermediate_size"]).values())
+    from benchmarks.shapes import SIZES
+
+    hidden, inner = SIZES[model]["hidden_size"], SIZES[model]["intermediate_size"]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    best = math.inf
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(RATE_ROWS, hidden, dtype=dtype, device=device)
+        w = torch.randn(inner, hidden, dtype=dtype, device=device)
+        began = time.perf_counter()
+        while time.perf_counter() - began < RATE_SECONDS:
+            start = time.perf_counter()
+            torch.nn.functional.linear(x, w)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            best = min(best, time.perf_counter() - start)
+    return 2 * RATE_ROWS * hidden * inner / best
 
 
 def _line(row: dict[str, Any]) -> str:
