@@ -52,7 +52,7 @@ def test_the_command_writes_its_results(tmp_path):
         "benchmarks",
         *sizes,
         "--rows",
-        "unique",
+        "policy step, unique",
         "--steps",
         "2",
         "--output",

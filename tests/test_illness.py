@@ -148,7 +148,7 @@ def test_members_that_learnt_length_and_nothing_else(model_folder, tmp_path, cap
 def test_rewards_of_what_no_label_was_like(model_folder, tmp_path, capsys):  # noqa: F811
     """The labelled responses end alike, the policy's do not."""
     data = pairs(tmp_path / "pairs.jsonl", prompts=100, odds=4.0, response=formula)
-    options = {"methods": "[d-dpo]", "reward.hold": "head", "sft.enabled": False}
+    options = {"methods": "[d-dpo]", "reward.hold": "head", "sft.enabled": False, "dataset.both_orders": "keep"}
     pipeline.run(start(data, model_folder, tmp_path / "run", **options))
     _, found = diagnosed(tmp_path / "run", capsys)
     beyond = found["reward extrapolates", "d-dpo"]
