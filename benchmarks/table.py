@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from benchmarks.growth import growth_lines
 from prefdistill.report.canvas import FAINT, INK, drawn, label_of, new_figure
+
+SHORTFALLS = Path(__file__).parent / "shortfalls.md"  # written by hand, after looking at the table
 
 
 def reached(row: Mapping[str, Any]) -> bool:
@@ -60,7 +63,7 @@ def markdown(results: Mapping[str, Any], *, picture: str) -> str:
         )
     if results["growth"]:
         out += ["", *growth_lines(results["growth"])]
-    return "\n".join(out) + "\n"
+    return "\n".join(out) + "\n\n" + SHORTFALLS.read_text(encoding="utf-8")
 
 
 @drawn
