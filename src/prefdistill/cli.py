@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from prefdistill.stopping import Terminated, terminable
@@ -134,6 +135,21 @@ def parse(command: str, argv: list[str]) -> Any:
     values = parser.instantiate_classes(parsed)
     names = RunConfig.__dataclass_fields__
     return RunConfig(**{name: getattr(values, name) for name in names})
+
+
+def opened(folder: Path) -> Any:
+    """The Run of a run directory, with the options that it was run with.
+
+    Raises:
+        ConfigError: the folder is none.
+    """
+    from prefdistill.errors import ConfigError
+    from prefdistill.stages.run import Run
+
+    configuration = folder / "config.yaml"
+    if not configuration.is_file():
+        raise ConfigError(f"{folder} is no run directory: it has no config.yaml; give the output_dir of a run")
+    return Run(parse("run", [str(configuration), "--output_dir", str(folder)]))
 
 
 def _underscored(argument: str) -> str:

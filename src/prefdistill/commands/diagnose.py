@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from prefdistill.errors import ConfigError, DataError
+from prefdistill.errors import DataError
 
 
 def main(argv: list[str]) -> int:
@@ -21,14 +21,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print the checks as JSON")
     options = parser.parse_args(argv)
 
-    from prefdistill.cli import parse
+    from prefdistill.cli import opened
     from prefdistill.stages.diagnose import diagnose
-    from prefdistill.stages.run import Run
 
-    configuration = options.run / "config.yaml"
-    if not configuration.is_file():
-        raise ConfigError(f"{options.run} is no run directory: it has no config.yaml; give the output_dir of a run")
-    run = Run(parse("run", [str(configuration), "--output_dir", str(options.run)]))
+    run = opened(options.run)
     summary, ensemble = (_read(run.evaluation_path, name) for name in ("summary", "ensemble"))
     checks = diagnose(run, summary["methods"], ensemble, summary["judge"])
     if options.json:

@@ -33,13 +33,9 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     price = _price(options.price)
 
-    from prefdistill.cli import parse
-    from prefdistill.stages.run import Run
+    from prefdistill.cli import opened
 
-    configuration = options.run / "config.yaml"
-    if not configuration.is_file():
-        raise ConfigError(f"{options.run} is no run directory: it has no config.yaml; give the output_dir of a run")
-    run = Run(parse("run", [str(configuration), "--output_dir", str(options.run)]))
+    run = opened(options.run)
     methods = run.config.methods if options.methods is None else options.methods.split(",")
     unknown = [m for m in methods if m not in run.config.methods]
     if unknown:
@@ -86,7 +82,7 @@ def judge(run: Any, options: Any, methods: list[str]) -> dict[str, Any]:
             raise DataError(f"{run.root} has no samples of {name}; evaluate it first: prefdistill evaluate CONFIG.yaml")
     groups = held_out_groups(run)[: options.prompts]
     texts = {
-        name: [[_text(run.encoder.decode_response(s.ids)) for s in drawn] for drawn in read_samples(run, name)]
+        name: [[prompt_text(run.encoder.decode_response(s.ids)) for s in drawn] for drawn in read_samples(run, name)]
         for name in ("reference", *methods)
     }
     asked: list[tuple[str, int, Question, Question]] = []
@@ -117,10 +113,6 @@ def judge(run: Any, options: Any, methods: list[str]) -> dict[str, Any]:
     }
     write_json(run.evaluation_path / "llm-judge.json", out)
     return out
-
-
-def _text(response: Any) -> str:
-    return response if isinstance(response, str) else "\n\n".join(m["content"] for m in response)
 
 
 def _print(found: dict[str, Any], price: tuple[float, float] | None) -> None:

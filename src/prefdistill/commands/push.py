@@ -23,13 +23,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--license", help="a licence name of the hub, e.g. apache-2.0; it must suit model and data")
     options = parser.parse_args(argv)
 
-    from prefdistill.cli import parse
-    from prefdistill.stages.run import Run
+    from prefdistill.cli import opened
 
-    configuration = options.run / "config.yaml"
-    if not configuration.is_file():
-        raise ConfigError(f"{options.run} is no run directory: it has no config.yaml; give the output_dir of a run")
-    run = Run(parse("run", [str(configuration), "--output_dir", str(options.run)]))
+    run = opened(options.run)
     if options.method not in run.config.methods:
         raise ConfigError(f"{options.run} has no method {options.method!r}; it has {', '.join(run.config.methods)}")
     folder = run.policy_path(options.method)

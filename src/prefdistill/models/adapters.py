@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import types
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,6 @@ from prefdistill.models.loading import (
     load_tokenizer,
     not_loaded,
 )
-
-logger = logging.getLogger(__name__)
 
 
 class Classifiers:

@@ -1,7 +1,7 @@
 """What glibc's allocator does with freed memory: by default it goes back to the kernel at every step, and comes again.
 
-A training step frees and asks for gigabytes in large pieces; zeroing their pages anew cost a quarter of a step's time
-on the machine where it was measured (benchmarks/RESULTS.md).
+A training step frees and asks for gigabytes in large pieces; zeroing their pages anew takes a good part of its
+time (docs/speed.md).
 """
 
 from __future__ import annotations

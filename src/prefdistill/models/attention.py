@@ -101,17 +101,10 @@ def _blocks(start: int, lengths: Sequence[int], before: int, root: int, window: 
     return found
 
 
-class Carrier:
-    """What the packed row's mask carries: its blocks, made once for all layers."""
-
-    def __init__(self, places: Sequence[Place], window: int | None, device: torch.device) -> None:
-        self.blocks = blocks_of(places, window=window, device=device)
-
-
 def carrier_mask(places: Sequence[Place], *, window: int | None, device: torch.device) -> Tensor:
     """A mask to give to a model whose attention is this module's: [1, 1, 1, 1], with the blocks as an attribute."""
     mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
-    mask.carrier = Carrier(places, window, device)  # type: ignore[attr-defined]
+    mask.blocks = blocks_of(places, window=window, device=device)  # type: ignore[attr-defined]
     return mask
 
 
@@ -153,8 +146,8 @@ def attend(
         ValueError: the mask has lost its places on the way, or the layer asks for what is not done here (soft caps,
             sinks, biases).
     """
-    carrier: Carrier | None = getattr(attention_mask, "carrier", None)
-    if carrier is None:
+    blocks: list[Block] | None = getattr(attention_mask, "blocks", None)
+    if blocks is None:
         if attention_mask is not None and attention_mask.shape[-1] == 1 < key.shape[2]:
             raise ValueError("the packed row's mask has lost its places on the way through the model")
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
@@ -169,10 +162,7 @@ def attend(
     with torch.autocast(kind, enabled=False):  # the backward pass has none either
         q = (query[0].to(dtype) * scale).view(groups, heads // groups, tokens, width)
         k, v = key[0].to(dtype), value[0].to(dtype)
-        if dropout > 0:
-            out = _with_dropout(q, k, v, carrier.blocks, dropout)
-        else:
-            out = _Attention.apply(q, k, v, carrier.blocks)
+        out = _with_dropout(q, k, v, blocks, dropout) if dropout > 0 else _Attention.apply(q, k, v, blocks)
     return out.reshape(heads, tokens, value.shape[-1]).transpose(0, 1).unsqueeze(0), None
 
 

@@ -47,7 +47,7 @@ class Scaling:
         return logits
 
 
-def head_logps(head: nn.Module, scaling: Scaling, hidden: Tensor, targets: Tensor) -> Tensor:
+def head_logps(head: Any, scaling: Scaling, hidden: Tensor, targets: Tensor) -> Tensor:
     """log softmax(scaling(head(hidden)))[target], [N] float32.
 
     Args:
@@ -62,7 +62,8 @@ def head_logps(head: nn.Module, scaling: Scaling, hidden: Tensor, targets: Tenso
         found: Tensor = _LinearLogps.apply(hidden, head.weight, head.bias, targets, scaling, dtype)
         return found
     parts = []
-    for rows in _pieces(len(targets), head):
+    vocabulary = int(getattr(head, "out_features", None) or head.weight.shape[0])
+    for rows in _pieces(len(targets), vocabulary):
         h, t = hidden[rows], targets[rows]
         if torch.is_grad_enabled():
             parts.append(checkpoint(_asked, head, scaling, h, t, use_reentrant=False))
@@ -81,10 +82,9 @@ def _asked(head: nn.Module, scaling: Scaling, hidden: Tensor, targets: Tensor) -
     return logits.gather(1, targets[:, None])[:, 0] - torch.logsumexp(logits, dim=1)
 
 
-def _pieces(n: int, head: Any) -> list[slice]:
+def _pieces(n: int, vocabulary: int) -> list[slice]:
     """Rows in pieces of about one size, none with more logits than LOGITS_AT_ONCE."""
-    vocabulary = getattr(head, "out_features", None) or head.weight.shape[0]
-    count = -(-n // max(1, LOGITS_AT_ONCE // int(vocabulary)))
+    count = -(-n // max(1, LOGITS_AT_ONCE // vocabulary))
     size = -(-n // count)
     return [slice(i, min(n, i + size)) for i in range(0, n, size)]
 
@@ -99,7 +99,7 @@ class _LinearLogps(torch.autograd.Function):
         w = weight.to(dtype)
         h = hidden.to(dtype)
         out = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        for rows in _pieces(len(targets), _Shape(weight)):
+        for rows in _pieces(len(targets), len(weight)):
             logits = scaling(_logits(h[rows], w, bias))
             picked = logits.gather(1, targets[rows, None])[:, 0]
             out[rows] = picked - torch.logsumexp(logits, dim=1)
@@ -116,7 +116,7 @@ class _LinearLogps(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if to_hidden else None
         d_weight: Tensor | None = None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if to_bias else None
-        for rows in _pieces(len(targets), _Shape(weight)):
+        for rows in _pieces(len(targets), len(weight)):
             logits = scaling(_logits(h[rows], w, bias))
             slope = None if scaling.cap is None else 1 - (logits / scaling.cap).square()
             g = grad[rows, None]
@@ -142,8 +142,3 @@ def _logits(h: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     """Unscaled logits in float32, whatever the products were in."""
     with torch.autocast(h.device.type, enabled=False):
         return nn.functional.linear(h, w, None if bias is None else bias.to(w.dtype)).float()
-
-
-@dataclass(frozen=True)
-class _Shape:
-    weight: Tensor
