@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import sys
 
+import torch.distributed as dist
+
 from prefdistill.cli import parse
 from prefdistill.models.loading import load_policy
 from prefdistill.stages.distill import examples_of
@@ -39,6 +41,8 @@ def main(folder: str, method: str, out: str) -> None:
     trainer = DistillTrainer(load_policy(run.reference), arguments, examples=examples)
     trainer.train()
     trainer.save_model(out)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

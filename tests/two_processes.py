@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -79,7 +80,7 @@ def by_hand(batch: int, sharded: bool) -> tuple[list[dict[str, float]], float, b
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        curve.append({"loss": float(loss)})
+        curve.append({"loss": float(loss.detach())})
     whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
     norm = float(sum(p.double().square().sum() for p in whole) ** 0.5)
     return curve, norm, any(isinstance(p, DTensor) for p in model.parameters())
@@ -98,6 +99,10 @@ def main(kind: str, folder: str, out: str, batch: str, options: str) -> None:
     if int(os.environ.get("RANK", "0")) == 0:
         with open(out, "w") as file:
             json.dump({"curve": curve, "norm": norm, "sharded": sharded}, file)
+    if dist.is_initialized():
+        # A process that ends with the group's threads still running aborts, now and then.
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
