@@ -37,6 +37,7 @@ def main() -> int:
     parser.add_argument("--batch-prompts", type=int, default=4)
     parser.add_argument("--output", type=Path, default=FOLDER, help="where results.json and RESULTS.md go")
     parser.add_argument("--worker", nargs=3, metavar=("ROW", "SIDE", "PRECISION"), help=argparse.SUPPRESS)
+    parser.add_argument("--trial", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
 
     os.environ.setdefault("TQDM_DISABLE", "1")
@@ -50,7 +51,7 @@ def main() -> int:
     datasets.disable_progress_bars()
     sizes = Sizes(options.model, options.prompt_tokens, options.response_tokens, options.batch_prompts)
     if options.worker:
-        serve(*options.worker, sizes)
+        serve(*options.worker, sizes, trial=options.trial)
         return 0
     _rate(sizes.model)  # measured before anything else runs, and kept
     results = _earlier(options.output, {"machine": _machine(), "versions": _versions(), "sizes": vars(sizes)})
@@ -157,16 +158,18 @@ def _in_turn(
 
 
 def _trials(row: Any, side: str, sizes: Any) -> dict[str, float]:
-    """Seconds of a side's second step in each precision, alone on the machine; infinite where memory falls short.
+    """Seconds of a side's second step of less work in each precision, alone on the machine.
 
-    A trial step is a quarter of the work where it is a batch: it only has to tell which is faster.
+    Infinite where memory falls short.
     """
+    from benchmarks.rows import TRIAL_SHARE
+
     if not row.whole:
-        sizes = replace(sizes, batch_prompts=max(1, sizes.batch_prompts // 4))
+        sizes = replace(sizes, batch_prompts=max(1, sizes.batch_prompts // TRIAL_SHARE))
     found = {}
     for precision in ("float32", "bfloat16"):
         try:
-            with worker(row.name, side, precision, sizes) as alone:
+            with worker(row.name, side, precision, sizes, trial=True) as alone:
                 alone.step()
                 found[precision] = alone.step()
         except Fallen:

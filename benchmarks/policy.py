@@ -14,6 +14,7 @@ from trl import DPOConfig, DPOTrainer
 from benchmarks.shapes import Prompt, policy_of, rows_of, tokenizer_of
 from benchmarks.steps import Step, stepper
 from prefdistill.models.forward import TreeModel
+from prefdistill.models.loading import add_lora
 from prefdistill.training.distill import DistillConfig, DistillExample, DistillTrainer
 
 BETA = 0.1
@@ -45,6 +46,7 @@ def ours(
     method: str = "dpo",
     members: int = 0,
     compiled: bool = False,
+    lora_rank: int = 0,
 ) -> Step:
     """A step over `batch_prompts` prompts with all their pairs; reference log-probs are a column."""
     policy = policy_of(size)
@@ -70,7 +72,8 @@ def ours(
         kl_alpha=0.0,
         pairs="labelled",
     )
-    trainer = DistillTrainer(policy, arguments, examples=examples)
+    trained: Any = add_lora(policy, rank=lora_rank, task="CAUSAL_LM") if lora_rank else policy
+    trainer = DistillTrainer(trained, arguments, examples=examples)
     items = list(trainer.train_dataset)  # type: ignore[arg-type]
     return stepper(trainer, [items[i : i + batch_prompts] for i in range(0, len(items), batch_prompts)])
 

@@ -10,6 +10,8 @@ from benchmarks import members, policy, reward, sampling, scoring
 from benchmarks.shapes import SIZES, Prompt, prompts_of
 from benchmarks.steps import Step
 
+TRIAL_SHARE = 4  # a trial step is this part of the work: it only has to tell which is faster
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -64,10 +66,12 @@ class Row:
         """The sizes of this row's work."""
         return asked if self.batch_prompts is None else replace(asked, batch_prompts=self.batch_prompts)
 
-    def prompts(self, sizes: Sizes, batches: int = 2) -> list[Prompt]:
+    def prompts(self, sizes: Sizes, *, trial: bool = False) -> list[Prompt]:
+        """The prompts of a side's steps: two batches, or those of a step that is a whole; a quarter of them to try."""
+        asked = self.fixed_prompts or 2 * sizes.batch_prompts
         return prompts_of(
             self.shape,
-            self.fixed_prompts or batches * sizes.batch_prompts,
+            max(1, asked // TRIAL_SHARE) if trial and self.whole else asked,
             size=sizes.model,
             prompt_tokens=sizes.prompt_tokens,
             response_tokens=sizes.response_tokens,

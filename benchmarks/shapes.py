@@ -20,8 +20,8 @@ from prefdistill.data.tree import Tree
 SPECIALS = ("<pad>", "<eos>", "<unk>")
 EOS = 1
 
-# SmolLM2-135M's shape, and one for tests of the benchmark itself.
-SIZES = {
+# SmolLM2-135M's shape and others of the Llama family, and one for tests of the benchmark itself.
+SIZES: dict[str, dict[str, int]] = {
     "135m": {
         "vocab_size": 49152,
         "hidden_size": 576,
@@ -29,6 +29,47 @@ SIZES = {
         "num_hidden_layers": 30,
         "num_attention_heads": 9,
         "num_key_value_heads": 3,
+    },
+    "30m": {
+        "vocab_size": 32000,
+        "hidden_size": 384,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 10,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+    },
+    # SmolLM2-360M's, Llama 3.2 1B's, Llama 3.1 8B's and 70B's.
+    "360m": {
+        "vocab_size": 49152,
+        "hidden_size": 960,
+        "intermediate_size": 2560,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 15,
+        "num_key_value_heads": 5,
+    },
+    "1b": {
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "8b": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "70b": {
+        "vocab_size": 128256,
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
     },
     "tiny": {
         "vocab_size": 64,
@@ -39,6 +80,7 @@ SIZES = {
         "num_key_value_heads": 2,
     },
 }
+UNTIED = ("8b", "70b")  # embeddings and head are two matrices
 
 
 def config_of(size: str, **fields: Any) -> LlamaConfig:
@@ -54,9 +96,9 @@ def config_of(size: str, **fields: Any) -> LlamaConfig:
 
 
 def policy_of(size: str, seed: int = 0) -> LlamaForCausalLM:
-    """A Llama with random weights; tied embeddings, as SmolLM2 has."""
+    """A Llama with random weights."""
     torch.manual_seed(seed)
-    return LlamaForCausalLM(config_of(size, tie_word_embeddings=True))
+    return LlamaForCausalLM(config_of(size, tie_word_embeddings=size not in UNTIED))
 
 
 def classifier_of(size: str, seed: int = 0) -> LlamaForSequenceClassification:

@@ -62,11 +62,12 @@ class Worker:
 
 
 @contextlib.contextmanager
-def worker(row: str, side: str, precision: str, sizes: Any) -> Iterator[Worker]:
-    """A side of a row, made and ready for its first step; ended on leaving."""
+def worker(row: str, side: str, precision: str, sizes: Any, *, trial: bool = False) -> Iterator[Worker]:
+    """A side of a row, made and ready for its first step, or one of less work to try it; ended on leaving."""
     shape = ["--model", sizes.model, "--prompt-tokens", str(sizes.prompt_tokens)]
     shape += ["--response-tokens", str(sizes.response_tokens), "--batch-prompts", str(sizes.batch_prompts)]
     command = [sys.executable, "-m", "benchmarks", *shape, "--worker", row, side, precision]
+    command += ["--trial"] if trial else []
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8") as errors,
         tempfile.TemporaryDirectory() as scratch,  # what the side leaves on disk goes with it
@@ -93,7 +94,7 @@ def worker(row: str, side: str, precision: str, sizes: Any) -> Iterator[Worker]:
                         pipe.close()
 
 
-def serve(row: str, side: str, precision: str, sizes: Any) -> None:
+def serve(row: str, side: str, precision: str, sizes: Any, *, trial: bool) -> None:
     """The worker's own end: steps on every line that it reads, and answers with seconds, loss and peak memory."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever else is printed is no answer
@@ -103,7 +104,7 @@ def serve(row: str, side: str, precision: str, sizes: Any) -> None:
     from benchmarks.steps import peak_gigabytes
 
     found = next(r for r in ROWS if r.name == row)
-    step = found.sides[side](found.prompts(sizes), sizes, precision)
+    step = found.sides[side](found.prompts(sizes, trial=trial), sizes, precision)
 
     def answer(**values: Any) -> None:
         answers.write(json.dumps(values) + "\n")

@@ -252,6 +252,25 @@ def test_the_command_judges_a_run(data, model_folder, tmp_path, monkeypatch, cap
     assert rate == pytest.approx(longer_share(out), abs=1e-12)
 
 
+def test_the_report_tells_what_the_language_model_prefers(data, model_folder, tmp_path, capsys):  # noqa: F811
+    """For the samples that it saw; the run stays done, and other samples are not told of by it."""
+    out = tmp_path / "run"
+    pipeline.run(small(data, model_folder, out, methods="[dpo]"))
+    page = out / "report.html"
+    assert "What a language model prefers" not in page.read_text(encoding="utf-8")
+    with Server() as server:
+        assert main(["judge", str(out), "--model", "org/<judge>", "--base-url", server.url]) == 0
+    written = page.read_text(encoding="utf-8")
+    section = written[written.index('<section id="llm-judge">') : written.index('<section id="training">')]
+    assert "org/&lt;judge&gt;" in section
+    assert '<th scope="row">' in section
+    capsys.readouterr()
+    pipeline.run(small(data, model_folder, out, methods="[dpo]"))
+    assert "nothing to do" in capsys.readouterr().err
+    pipeline.run(small(data, model_folder, out, methods="[dpo]", **{"evaluate.temperature": 0.5}))
+    assert "What a language model prefers" not in page.read_text(encoding="utf-8")
+
+
 def longer_share(out) -> float:
     from prefdistill.cli import parse
     from prefdistill.stages.draw import read_samples

@@ -4,35 +4,55 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
-from prefdistill import pipeline
+from prefdistill import cli, pipeline, ranks
 from prefdistill.errors import ConfigError
-from test_pipeline import data, model_folder, small  # noqa: F401
+from test_pipeline import data, model_folder, rows, small  # noqa: F401
 
 HERE = Path(__file__).parent
 
 
-def curve(kind, processes, folder, *, batch, **options):
-    out = folder / f"{kind}-{processes}.json"
-    command = [str(HERE / "two_processes.py"), kind, str(folder / "out"), str(out), str(batch), json.dumps(options)]
+def launch(processes: int, *arguments: str) -> subprocess.Popen:
+    command = [str(HERE / "two_processes.py"), *arguments]
     if processes > 1:
         command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *command]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(out.read_text())
+    return subprocess.Popen(
+        [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+    )
 
 
-@pytest.mark.parametrize("kind", ["distill", "reward", "sft", "fsdp2"])
-def test_two_processes_are_one(kind, tmp_path):
+def done(process: subprocess.Popen, status: int = 0) -> str:
+    """What a process said until its end."""
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == status, err[-3000:]
+    return out + err
+
+
+KINDS = ["distill", "reward", "sft", "fsdp2"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """What one process and what two made of every kind of training, on batches of four."""
+    folder = tmp_path_factory.mktemp("trained")
+    for n in (1, 2):
+        done(launch(n, "train", str(folder / f"{n}.json"), str(4 // n)))
+    return [json.loads((folder / f"{n}.json").read_text()) for n in (1, 2)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_are_one(kind, trained):
     """The same global batch, float32: loss, gradient norm and every metric to 1e-5, though shares differ in pairs."""
-    one = curve(kind, 1, tmp_path, batch=4, **({"sharded": False} if kind == "fsdp2" else {}))
-    two = curve(kind, 2, tmp_path, batch=2, **({"sharded": True} if kind == "fsdp2" else {}))
+    one, two = (of[kind] for of in trained)
     assert len(one["curve"]) == len(two["curve"]) >= 4
     assert one["curve"][0]["loss"] != pytest.approx(one["curve"][-1]["loss"], rel=1e-2), "nothing was learnt"
     for a, b in zip(one["curve"], two["curve"], strict=True):
@@ -43,8 +63,130 @@ def test_two_processes_are_one(kind, tmp_path):
     assert two["norm"] == pytest.approx(one["norm"], rel=1e-6)
 
 
-def test_a_run_says_that_its_stages_work_in_one(data, model_folder, tmp_path, monkeypatch):  # noqa: F811
+# -- a whole run ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, model_folder):  # noqa: F811
+    """Data, and the flags of a run in which every stage that processes share has several shards, batches and steps."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows(40)), encoding="utf-8")
+    options = {
+        "data": folder / "pairs.jsonl",
+        "model": model_folder,
+        "precision": "float32",
+        "methods": "[dpo,e-dpo]",
+        "sample.reference_per_prompt": 2,
+        "reward.members": 2,
+        "reward.hold": "lora",
+        "reward.learning_rate": 1e-2,
+        "reward.epochs": 2,
+        "reward.batch_prompts": 4,
+        "distill.batch_prompts": 4,
+        "distill.epochs": 2,
+        "distill.checkpoints": 2,
+        "distill.save_steps": 1,
+        "distill.logging_steps": 1,
+        "distill.learning_rate": 1e-3,
+        "distill.kl_alpha": 0.05,
+        "score.token_budget": 100,
+        "sample.max_new_tokens": 6,
+        "evaluate.max_new_tokens": 6,
+        "evaluate.judge": "heldout",
+    }
+    return folder, [f"--{name}={value}" for name, value in options.items()]
+
+
+@pytest.fixture(scope="module")
+def runs(made):
+    """The same run in one process and in two, and what the two said."""
+    folder, flags = made
+    said = {n: done(launch(n, "run", *flags, f"--output_dir={folder / str(n)}")) for n in (1, 2)}
+    return folder, said
+
+
+def columns(folder, column, n):
+    """The first n values by key, in the shards' order: later ones are of the policies' samples."""
+    found, shards = [], sorted((folder / "columns" / column).glob("*.parquet"))
+    assert len(shards) > 4
+    for shard in shards:
+        found += pq.read_table(shard).to_pylist()
+    assert len({row["key"] for row in found}) == len(found)
+    return {row["key"]: row["value"] for row in found[:n]}
+
+
+def test_columns_are_those_of_one_process(runs):
+    """Each row once, in order; the reference's to the bit, since batches are the same."""
+    folder, _ = runs
+    scored = pq.read_table(folder / "1" / "data" / "sampled.parquet")["responses"].to_pylist()
+    expected = sum(map(len, scored))
+    for column in ("reference-logps", "rewards-0", "rewards-1"):
+        one, two = columns(folder / "1", column, expected), columns(folder / "2", column, expected)
+        assert list(one) == list(two)
+        assert len(one) == expected
+        assert list(two.values()) == (
+            list(one.values()) if column == "reference-logps" else pytest.approx(list(one.values()), rel=1e-4, abs=1e-4)
+        )
+
+
+def test_samples_are_those_of_one_process(runs):
+    folder, _ = runs
+    one, two = (pq.read_table(folder / n / "data" / "sampled.parquet").to_pylist() for n in "12")
+    assert one == two
+    assert any(r["drawn"] for prompt in two for r in prompt["responses"])
+
+
+def test_a_whole_run_comes_out_as_in_one_process(runs):
+    folder, said = runs
+    for method in ("dpo", "e-dpo"):
+        one, two = (json.loads((folder / n / "policy" / method / "history.json").read_text()) for n in "12")
+        assert len(one) == len(two) > 4
+        for a, b in zip(one, two, strict=True):
+            assert b == pytest.approx(a, rel=1e-4, abs=1e-5)
+    # What was chosen and drawn after that hangs on comparisons that rounding can turn; the reference does not.
+    one, two = (json.loads((folder / n / "evaluation" / "summary.json").read_text()) for n in "12")
+    assert one["prompts"] == two["prompts"]
+    one, two = (of["methods"]["reference"] for of in (one, two))
+    assert two["advantage"] == {k: pytest.approx(v, abs=1e-4) for k, v in one["advantage"].items()}
+    assert two["length_mean"] == one["length_mean"]
+    # One process speaks: stages and table stand once.
+    assert said[2].count("] distill:e-dpo:") == 1
+    assert said[2].count("\nreport: ") == 1
+    assert "Traceback" not in said[2]
+
+
+def test_two_processes_go_on_where_they_were_stopped(runs, made):
+    """SIGTERM in a training: all stop after one step with one checkpoint; what comes out is equal to the bit."""
+    folder, flags = made
+    whole, stopped = folder / "2", folder / "stopped"
+    running = launch(2, "run", *flags, f"--output_dir={stopped}")
+    deadline = time.monotonic() + 200
+    while not list(stopped.glob(".work/distill-e-dpo-*/checkpoint-*/checksums.json")):
+        assert running.poll() is None, running.communicate()[1][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    running.send_signal(signal.SIGTERM)
+    running.communicate(timeout=120)
+    assert running.returncode != 0
+    assert not (stopped / "policy" / "e-dpo").exists()
+    said = done(launch(2, "run", *flags, f"--output_dir={stopped}"))
+    assert "distill:dpo: done before" in said
+    assert "distill:e-dpo: training" in said
+    for name in ("policy/e-dpo/model.safetensors", "policy/e-dpo/history.json", "evaluation/samples/e-dpo.json"):
+        assert (stopped / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_what_a_launch_cannot_do_is_said(data, model_folder, tmp_path, monkeypatch, capsys):  # noqa: F811
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="one process, and this is one of 2"):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match=r"shards them .FSDP"):
         pipeline.run(small(data, model_folder, tmp_path / "run", methods="[dpo]"))
     assert not (tmp_path / "run").exists()
+    assert cli.main(["sweep", "--help"]) == 2
+    assert "sweep works in one process" in capsys.readouterr().err
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    monkeypatch.setattr(ranks, "count", lambda: 3)
+    with pytest.raises(ConfigError, match=r"distill.batch_prompts of dpo is 4.*3 processes"):
+        pipeline._check_batches(
+            small(data, model_folder, tmp_path / "run", methods="[dpo]", **{"distill.batch_prompts": 4})
+        )

@@ -1,10 +1,11 @@
-"""Started by test_processes.py under torchrun: trains what it is told to and writes the loss curve."""
+"""Started by test_processes.py under torchrun: trains what it is told to and writes the loss curve, or runs a run."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+import tempfile
 
 import numpy as np
 import torch
@@ -14,7 +15,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
+from prefdistill import cli, scoring
 from prefdistill.data.tree import Tree
+from prefdistill.stages import draw
 from prefdistill.training.distill import DistillConfig, DistillExample, DistillTrainer
 from prefdistill.training.reward import RewardExample, RewardTrainer
 from prefdistill.training.sft import SFTTrainer
@@ -31,7 +34,7 @@ def trees(n: int) -> list[Tree]:
 def trainer_of(kind: str, folder: str, batch: int, **options):
     torch.manual_seed(0)
     rng = np.random.default_rng(1)
-    made = trees(16)
+    made = trees({"reward": 19}.get(kind, 18))  # no multiple of four, nor of two
     common = {
         **QUIET,
         "output_dir": folder,
@@ -62,9 +65,9 @@ def trainer_of(kind: str, folder: str, batch: int, **options):
     return DistillTrainer(model, arguments, examples=examples)
 
 
-def by_hand(batch: int, sharded: bool) -> tuple[list[dict[str, float]], float, bool]:
+def by_hand(folder: str, batch: int, sharded: bool) -> tuple[list[dict[str, float]], float, bool]:
     """Steps of AdamW on e-DPO without Trainer, weights sharded by FSDP2 if asked for; accelerate does not on a CPU."""
-    trainer = trainer_of("distill", "unused", batch)
+    trainer = trainer_of("distill", folder, batch)
     model: torch.nn.Module = trainer.model.train()
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if sharded:
@@ -74,7 +77,7 @@ def by_hand(batch: int, sharded: bool) -> tuple[list[dict[str, float]], float, b
         fully_shard(model, mesh=mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     items, curve = list(trainer.train_dataset), []
-    for start in range(0, len(items), batch * world):
+    for start in range(0, len(items) - batch * world + 1, batch * world):  # whole batches
         own = items[start + rank * batch : start + (rank + 1) * batch]
         loss = trainer.compute_loss(model, {"items": own})
         loss.backward()
@@ -86,24 +89,36 @@ def by_hand(batch: int, sharded: bool) -> tuple[list[dict[str, float]], float, b
     return curve, norm, any(isinstance(p, DTensor) for p in model.parameters())
 
 
-def main(kind: str, folder: str, out: str, batch: str, options: str) -> None:
-    if kind == "fsdp2":
-        curve, norm, sharded = by_hand(int(batch), **json.loads(options))
-    else:
-        trainer = trainer_of(kind, folder, int(batch), **json.loads(options))
-        trainer.train()
-        lines = [h for h in trainer.state.log_history if "loss" in h]
-        curve = [{k: v for k, v in h.items() if k not in ("epoch", "step")} for h in lines]
-        norm = float(sum(p.double().square().sum() for p in trainer.model.parameters()) ** 0.5)
-        sharded = False
+def train(out: str, batch: str) -> None:
+    """Every kind of training, one after the other; writes their curves and the norms of what came out."""
+    found = {}
+    sharded = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    with tempfile.TemporaryDirectory() as folder:
+        # First: accelerate takes a data loader that a Trainer has left early for one that is still read.
+        curve, norm, is_sharded = by_hand(folder, int(batch), sharded)
+        found["fsdp2"] = {"curve": curve, "norm": norm, "sharded": is_sharded}
+        for kind in ("distill", "reward", "sft"):
+            trainer = trainer_of(kind, folder, int(batch))
+            trainer.train()
+            lines = [h for h in trainer.state.log_history if "loss" in h]
+            curve = [{k: v for k, v in h.items() if k not in ("epoch", "step")} for h in lines]
+            norm = float(sum(p.double().square().sum() for p in trainer.model.parameters()) ** 0.5)
+            found[kind] = {"curve": curve, "norm": norm, "sharded": False}
     if int(os.environ.get("RANK", "0")) == 0:
         with open(out, "w") as file:
-            json.dump({"curve": curve, "norm": norm, "sharded": sharded}, file)
+            json.dump(found, file)
     if dist.is_initialized():
         # A process that ends with the group's threads still running aborts, now and then.
         dist.barrier()
         dist.destroy_process_group()
 
 
+def run(*flags: str) -> int:
+    """A run whose columns have many shards and whose samples many batches, small as they are."""
+    scoring.SHARD_TOKENS = 200
+    draw.SAMPLE_BUDGET = 1
+    return cli.main(["run", *flags])
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit({"train": train, "run": run}[sys.argv[1]](*sys.argv[2:]))

@@ -73,12 +73,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _command(command: str, argv: list[str]) -> int:
-    from prefdistill.errors import PrefdistillError, is_disk_full
+    from prefdistill import ranks
+    from prefdistill.errors import ConfigError, PrefdistillError, is_disk_full
 
     # Libraries' bars go away; tqdm reads this when it is imported, which parsing may do.
     os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         if command in OTHERS:
+            if ranks.launched() > 1:
+                raise ConfigError(f"{command} works in one process; start it without torchrun or accelerate launch")
             return int(import_module(OTHERS[command][1]).main(argv))
         config = parse(command, argv)
         if command == "config":
@@ -90,7 +93,8 @@ def _command(command: str, argv: list[str]) -> int:
 
         pipeline.run(config, until=None if command == "run" else STAGE_OF.get(command, command))
     except PrefdistillError as error:
-        print(f"prefdistill: {error}", file=sys.stderr)
+        who = "" if ranks.is_main() else f" (process {os.environ['RANK']} of the launch)"
+        print(f"prefdistill{who}: {error}", file=sys.stderr)
         return 2
     except Exception as error:
         if not is_disk_full(error):
@@ -106,7 +110,7 @@ def _command(command: str, argv: list[str]) -> int:
         told = isinstance(stop, Terminated)
         print(f"prefdistill: {'terminated' if told else 'interrupted'}; the same command goes on", file=sys.stderr)
         return 143 if told else 130
-    if command in ("run", "evaluate", "report"):
+    if command in ("run", "evaluate", "report") and ranks.is_main():
         _print_summary(config)
     return 0
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from prefdistill import ranks
 from prefdistill.config import RunConfig
 from prefdistill.data.table import TABLE_FORMAT, PromptGroup, in_split
 from prefdistill.errors import ConfigError
@@ -18,6 +19,7 @@ from prefdistill.lock import HOLDER, LOCK, held
 from prefdistill.manifest import Manifest, StageRecord, file_fingerprint, fingerprint_of
 from prefdistill.models.loading import check_classifier, load_config, reads_text_pairs
 from prefdistill.models.precision import forward_seconds
+from prefdistill.progress import on_terminal, silent
 from prefdistill.scoring import model_fingerprint
 from prefdistill.stages import distill, draw, evaluate, members, prepare, report
 from prefdistill.stages.encoders import encoder_of
@@ -42,6 +44,7 @@ class Stage:
         after: stages whose results it reads.
         cost: work in passes over the training tokens.
         work: given the stage's fingerprint; returns the files it wrote and a line to say.
+        alone: whether the first of several processes does it while the others wait; they take part in the others.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Stage:
     after: tuple[str, ...]
     cost: float
     work: Callable[[str], Outcome]
+    alone: bool = False
 
 
 def run(config: RunConfig, *, until: str | None = None) -> Path:
@@ -62,37 +66,35 @@ def run(config: RunConfig, *, until: str | None = None) -> Path:
         ConfigError, DataError: an option or a row cannot be used; nothing was written if the run is new.
     """
     config.check()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(
-            f"a run's stages work in one process, and this is one of {os.environ['WORLD_SIZE']}; start it without "
-            "torchrun or accelerate launch (the trainers themselves take several, see examples/distributed.py)"
-        )
     check_trackers(config.report_to)
-    _check_output(config)
-    job = Run(config)
-    # Bad data or a model that is not there must stop the run before its directory exists.
-    _check_models(job)
-    pairs, bad = prepare.read_pairs(job)
-    source = _data_fingerprint(config, job)
-    groups, dropped = prepare.encode_pairs(job, pairs, bad)
-    with held(job.root):
+    with ranks.joined(), contextlib.ExitStack() as stack:
+        _check_batches(config)
+        ranks.from_main(_check_output, config)
+        job = Run(config, progress=on_terminal if ranks.is_main() else silent)
+        # Bad data or a model that is not there must stop the run before its directory exists.
+        _check_models(job)
+        pairs, bad = prepare.read_pairs(job)
+        source = _data_fingerprint(config, job)
+        groups, dropped = prepare.encode_pairs(job, pairs, bad)
+        ranks.from_main(lambda: stack.enter_context(held(job.root)))
         return _run(job, until, lambda: prepare.make_data(job, groups, dropped, bad), source, groups)
 
 
 def _run(
     job: Run, until: str | None, make_data: Callable[[], Outcome], source: str, groups: Sequence[PromptGroup]
 ) -> Path:
-    """What is missing of the stages, by a process that holds the directory."""
+    """What is missing of the stages, by processes of which the first holds the directory."""
     manifest = Manifest(job.root)
     stages = plan(job, manifest, make_data, source)
     stages = _up_to(stages, until, job)
-    job.config.write(job.root / "config.yaml")
     prints: dict[str, str] = {}
-    todo = []
     for stage in stages:
         prints[stage.name] = fingerprint_of(stage.name, stage.options, [prints[a] for a in stage.after if a in prints])
-        if not manifest.is_done(stage.name, prints[stage.name]):
-            todo.append(stage)
+    ranks.from_main(job.config.write, job.root / "config.yaml")
+    if ranks.count() > 1:
+        job.precision = ranks.from_main(lambda: job.precision)  # measured once, for all
+    done = ranks.from_main(lambda: [s.name for s in stages if manifest.is_done(s.name, prints[s.name])])
+    todo = [s for s in stages if s.name not in done]
     if not todo:
         _say(f"nothing to do: all {len(stages)} stages of {job.root} are done")
         return job.root
@@ -107,14 +109,25 @@ def _run(
         a_pass = spent / worked if worked > 1 else guess
         left = f", about {_minutes(a_pass * rest)} left in all" if a_pass else ""
         _say(f"[{number}/{len(stages)}] {stage.name}: {stage.does}{left}")
-        start = time.monotonic()
-        outputs, said = stage.work(prints[stage.name])
-        seconds = time.monotonic() - start
+        seconds = _work(stage, prints[stage.name], manifest)
         spent, worked = spent + seconds, worked + stage.cost
-        manifest.finish(stage.name, StageRecord(prints[stage.name], round(seconds, 2), stage.cost, said=said), outputs)
-        _say(f"    {said} ({_minutes(seconds)})")
     _say(f"done in {_minutes(time.monotonic() - began)}: {job.root}")
     return job.root
+
+
+def _work(stage: Stage, fingerprint: str, manifest: Manifest) -> float:
+    """Does a stage and writes it down; returns its seconds."""
+    start = time.monotonic()
+    found = None if stage.alone else stage.work(fingerprint)
+
+    def finish() -> float:
+        outputs, said = stage.work(fingerprint) if found is None else found
+        seconds = time.monotonic() - start
+        manifest.finish(stage.name, StageRecord(fingerprint, round(seconds, 2), stage.cost, said=said), outputs)
+        _say(f"    {said} ({_minutes(seconds)})")
+        return seconds
+
+    return ranks.from_main(finish)
 
 
 def plan(job: Run, manifest: Manifest, make_data: Callable[[], Outcome], source: str) -> list[Stage]:
@@ -130,6 +143,7 @@ def plan(job: Run, manifest: Manifest, make_data: Callable[[], Outcome], source:
             (),
             0.1,
             lambda _: make_data(),
+            alone=True,
         )
     ]
     model = model_fingerprint(config.model)
@@ -221,6 +235,7 @@ def plan(job: Run, manifest: Manifest, make_data: Callable[[], Outcome], source:
             ("data", "reference", "score", "judge", *(f"{job.evaluates}:{m}" for m in ["reference", *config.methods])),
             0.5 * (1 + len(config.methods)),
             lambda _: evaluate.summarise(job),
+            alone=True,
         ),
         Stage(
             job.report_path.stem,
@@ -229,6 +244,7 @@ def plan(job: Run, manifest: Manifest, make_data: Callable[[], Outcome], source:
             (job.evaluates,),
             0.1,
             lambda _: report.make_report(job, manifest),
+            alone=True,
         ),
     ]
     return stages
@@ -296,6 +312,19 @@ def _check_output(config: RunConfig) -> None:
         raise ConfigError(f"output_dir {root} holds files that are not a run's; give a new or empty directory")
 
 
+def _check_batches(config: RunConfig) -> None:
+    """Raises ConfigError where a batch cannot be divided among the processes."""
+    batches = {"reward.batch_prompts": config.reward.batch_prompts} if config.reward.hold != "head" else {}
+    batches |= {"sft.batch_prompts": config.sft.batch_prompts} if config.sft.enabled else {}
+    batches |= {f"distill.batch_prompts of {m}": config.distill.of(m).batch_prompts for m in config.methods}
+    for option, prompts in batches.items():
+        if prompts % ranks.count():
+            raise ConfigError(
+                f"{option} is {prompts}; a batch is shared by the {ranks.count()} processes of this launch, so it must "
+                "be a multiple of that"
+            )
+
+
 def _check_models(job: Run) -> None:
     """Raises ConfigError for a judge or a ready reward model that is not there or is none."""
     config = job.config
@@ -330,4 +359,5 @@ def _minutes(seconds: float) -> str:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    if ranks.is_main():
+        print(text, file=sys.stderr, flush=True)

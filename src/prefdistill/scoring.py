@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from transformers.utils.hub import cached_file, extract_commit_hash
 
+from prefdistill import ranks
 from prefdistill.data.table import response_key
 from prefdistill.data.tree import Tree, batches_by_tokens
 from prefdistill.errors import ConfigError, DataError
@@ -59,15 +60,21 @@ class Column:
         self.folder = folder
         self.fingerprint = fingerprint
         self.values: dict[str, np.ndarray] = {}
+        self.next = 0  # number of the next shard
         self._stale: list[Path] = []
-        self._next = 0
-        for shard in sorted(folder.glob("shard-*.parquet")):
-            self._next = max(self._next, int(shard.stem.split("-")[1]) + 1)
+        self._known: set[Path] = set()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Reads the shards that others have written since."""
+        for shard in sorted(set(self.folder.glob("shard-*.parquet")) - self._known):
+            self._known.add(shard)
+            self.next = max(self.next, int(shard.stem.split("-")[1]) + 1)
             if not is_as_named(shard):
                 self._stale.append(shard)
                 continue
             table = pq.read_table(shard)
-            if (table.schema.metadata or {}).get(b"fingerprint", b"").decode() != fingerprint:
+            if (table.schema.metadata or {}).get(b"fingerprint", b"").decode() != self.fingerprint:
                 self._stale.append(shard)
                 continue
             values = _as_array(table["value"].combine_chunks())
@@ -77,17 +84,18 @@ class Column:
     def stale_shards(self) -> int:
         return len(self._stale)
 
-    def add(self, keys: Sequence[str], values: np.ndarray) -> None:
-        """Writes a shard; values [n] or [n, width]."""
+    def add(self, keys: Sequence[str], values: np.ndarray, number: int | None = None) -> None:
+        """Writes a shard, the next one or that of a number; values [n] or [n, width]."""
         for shard in self._stale:
-            shard.unlink()
+            shard.unlink(missing_ok=True)  # another process may have been quicker
         self._stale = []
         kind = pa.float64() if values.ndim == 1 else pa.list_(pa.float32(), values.shape[1])
         data = values if values.ndim == 1 else list(values.astype(np.float32))
         schema = pa.schema([("key", pa.string()), ("value", kind)], metadata={"fingerprint": self.fingerprint})
-        with sealed_file(self.folder / f"shard-{self._next:05d}.parquet") as part:
+        number = self.next if number is None else number
+        with sealed_file(self.folder / f"shard-{number:05d}.parquet") as part:
             pq.write_table(pa.table([pa.array(keys), pa.array(data, type=kind)], schema=schema), part)
-        self._next += 1
+        self.next = max(self.next, number + 1)
         self.values.update(zip(keys, values.astype(np.float64), strict=True))
 
     def of(self, tree: Tree) -> np.ndarray:
@@ -175,6 +183,8 @@ def fill_columns(
 ) -> int:
     """Computes what the columns lack, in length-sorted tree batches; returns how many responses were computed.
 
+    Several processes take the shards in turn: batches, values and the shards' order are those of one process.
+
     Args:
         columns: what `forward` returns by name -> the column that keeps it.
         load: gives the model; not called where nothing is missing.
@@ -185,6 +195,7 @@ def fill_columns(
         DataError: a value is not finite; the message says how many and what to look at.
     """
     missing = _missing(columns, trees)
+    ranks.wait()  # nobody writes before all have seen what is missing
     if not missing:
         return 0
     model = _scorer(load())
@@ -192,10 +203,14 @@ def fill_columns(
     if isinstance(model, SequenceModel):
         # It repeats the prompt for every response: the budget must count it as often.
         missing = [Tree(t.prompt_ids, (r,)) for t in missing for r in t.responses]
+    shards = list(_shards(missing, token_budget))
+    first = {name: column.next for name, column in columns.items()}
     total = sum(t.tokens for t in missing)
-    done = 0
     with progress(total, "tokens") as tick:
-        for group in _shards(missing, token_budget):
+        for number, group in enumerate(shards):
+            if number % ranks.count() != ranks.rank():
+                tick(sum(t.tokens for batch in group for t in batch))
+                continue
             keys: list[str] = []
             values: dict[str, list[np.ndarray]] = {name: [] for name in columns}
             for trees_of_batch in group:
@@ -214,9 +229,12 @@ def fill_columns(
                         f"{bad} of {len(joined)} values of the column {name!r} are not finite; the model overflows "
                         "(try precision: float32) or its weights are broken"
                     )
-                column.add(keys, joined)
-            done += len(keys)
-    return done
+                column.add(keys, joined, first[name] + number)
+    if ranks.count() > 1:
+        ranks.wait()
+        for column in columns.values():
+            column.refresh()
+    return sum(len(t.responses) for t in missing)
 
 
 def _scorer(model: nn.Module) -> TreeModel | SequenceModel:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from prefdistill.ranks import is_main
+
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM: what a scheduler sends before it takes the machine away."""
@@ -55,7 +57,10 @@ def stop_requests() -> Iterator[Request]:
         if request.reason is not None:
             raise reason
         request.reason = reason
-        print("    stopping after this step, with a checkpoint; once more stops at once", file=sys.stderr, flush=True)
+        if is_main():
+            print(
+                "    stopping after this step, with a checkpoint; once more stops at once", file=sys.stderr, flush=True
+            )
 
     before = {}
     for number in (signal.SIGINT, signal.SIGTERM):

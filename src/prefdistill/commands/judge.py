@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ def main(argv: list[str]) -> int:
         prog="prefdistill judge",
         description="Asks a language model behind an OpenAI-compatible endpoint which sample helps more, the policy's "
         "or the reference's, for the samples that an evaluated run has drawn; each pair in both orders. The key comes "
-        "from OPENAI_API_KEY, the address from --base-url or OPENAI_BASE_URL. Writes evaluation/llm-judge.json.",
+        "from OPENAI_API_KEY, the address from --base-url or OPENAI_BASE_URL. Writes "
+        "evaluation/llm-judge.json, and the report with a section on it.",
     )
     parser.add_argument("run", type=Path, help="a run directory that was evaluated")
     parser.add_argument("--model", required=True, help="the judge's name at the endpoint")
@@ -71,10 +73,10 @@ def client_of(options: Any) -> Any:
 
 
 def judge(run: Any, options: Any, methods: list[str]) -> dict[str, Any]:
-    """Asks, and writes llm-judge.json into the run's evaluation; returns what it holds."""
-    from prefdistill.atomic import write_json
+    """Asks, writes llm-judge.json into the run's evaluation and its report anew; returns what the file holds."""
     from prefdistill.data.table import prompt_text
     from prefdistill.evaluation.llm_judge import PROMPT_VERSION, Cache, Compared, Question, ask_all, figures
+    from prefdistill.seals import checksum
     from prefdistill.stages.draw import held_out_groups, read_samples, samples_path
 
     for name in ("reference", *methods):
@@ -111,8 +113,23 @@ def judge(run: Any, options: Any, methods: list[str]) -> dict[str, Any]:
         "prompt_tokens": sum(a.prompt_tokens for a in cache.answers.values()),
         "completion_tokens": sum(a.completion_tokens for a in cache.answers.values()),
     }
-    write_json(run.evaluation_path / "llm-judge.json", out)
+    out["samples"] = {name: checksum(samples_path(run, name)) for name in ("reference", *methods)}
+    _write(run, out)
     return out
+
+
+def _write(run: Any, found: dict[str, Any]) -> None:
+    from prefdistill.atomic import write_json
+    from prefdistill.lock import held
+    from prefdistill.manifest import Manifest
+    from prefdistill.stages.report import llm_judge_path, make_report
+
+    with held(run.root):
+        write_json(llm_judge_path(run), found)
+        manifest, stage = Manifest(run.root), run.report_path.stem
+        if stage in manifest.stages:
+            outputs, _ = make_report(run, manifest)
+            manifest.finish(stage, replace(manifest.stages[stage], outputs={}), outputs)
 
 
 def _print(found: dict[str, Any], price: tuple[float, float] | None) -> None:

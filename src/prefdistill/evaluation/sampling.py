@@ -58,6 +58,7 @@ def sample(
     progress: Callable[[int], None] = lambda done: None,
     known: Mapping[int, list[Sample]] | None = None,
     keep: Callable[[dict[int, list[Sample]]], None] = lambda drawn: None,
+    share: tuple[int, int] = (0, 1),
 ) -> list[list[Sample]]:
     """`n` samples for each prompt, in the prompts' order.
 
@@ -71,6 +72,7 @@ def sample(
         known: samples by the prompt's place that an earlier call with the same arguments drew; batches are cut as
             without them, so that what is drawn stays the same to the bit.
         keep: given the samples of every batch that is drawn, by the prompt's place.
+        share: (r, n): only batches r, r + n, ... are drawn, the prompts of others get no samples.
     """
     known = known or {}
     keys = range(len(prompts)) if keys is None else keys
@@ -78,12 +80,15 @@ def sample(
     out: list[list[Sample]] = [[] for _ in prompts]
     training = model.training
     model.eval()
-    start = 0
+    start = number = 0
     with torch.inference_mode(), autocast(precision, device_of(model)):
         while start < len(order):
             width = len(prompts[order[start]]) + options.max_new_tokens
             rows = order[start : start + max(1, token_budget // (width * n))]
-            start += len(rows)
+            start, number = start + len(rows), number + 1
+            if (number - 1) % share[1] != share[0]:
+                progress(len(rows))
+                continue
             if all(i in known for i in rows):
                 for i in rows:
                     out[i] = known[i]

@@ -37,8 +37,8 @@ def write_report(run: Mapping[str, Any]) -> str:
     Args:
         run: ``title``, ``generated``, ``version``; ``summary`` (``verdict``, ``prompts``, ``judge``, ``methods``,
             ``tests``); ``training``, a record a method; ``members`` and ``ensemble_mean``; ``disagreement``;
-            ``mixtures``, a record a method; ``samples``; ``warnings``; ``checks``; ``config`` (YAML); ``environment``;
-            ``stages``.
+            ``mixtures``, a record a method; ``llm_judge``; ``samples``; ``warnings``; ``checks``;
+            ``config`` (YAML); ``environment``; ``stages``.
 
     Raises:
         ValueError: if title, summary or the verdict in it is missing.
@@ -67,6 +67,7 @@ def write_report(run: Mapping[str, Any]) -> str:
         "ensemble_mean": _mapping(run.get("ensemble_mean")),
         "disagreement": disagreement,
         "mixtures": [(name, _mapping(m)) for name, m in _mapping(run.get("mixtures")).items()],
+        "llm_judge": _mapping(run.get("llm_judge")),
         "samples": [_card(sample) for sample in samples],
         "open_samples": _OPEN_SAMPLES,
         "environment": _mapping(run.get("environment")),

@@ -9,6 +9,7 @@ from typing import Any
 
 import transformers
 
+from prefdistill import ranks
 from prefdistill.atomic import write_json
 from prefdistill.data.table import PromptGroup
 from prefdistill.models.loading import add_lora, save_model
@@ -54,34 +55,18 @@ def _from_reference(run: Run, group: PromptGroup) -> list[int]:
     return list(range(len(group.responses)))
 
 
-def _start(run: Run, lora_rank: int) -> Any:
-    """The reference as training starts from it."""
+def start_of(run: Run, method: str) -> Any:
+    """The reference as a method's training starts from it."""
     policy: Any = run.load_reference()
+    lora_rank = run.config.distill.of(method).lora_rank
     return add_lora(policy, rank=lora_rank, task="CAUSAL_LM") if lora_rank > 0 else policy
 
 
-def _select(run: Run, method: str, work: Path, steps: int) -> dict[str, Any]:
+def arguments_of(run: Run, method: str, work: Path, policy: Any, examples: Sequence[DistillExample]) -> DistillConfig:
+    """How a method's policy is trained, with checkpoints in `work`."""
     options = run.config.distill.of(method)
-
-    def policy_at(file: Path) -> Any:
-        policy = _start(run, options.lora_rank)
-        put_weights(policy, file)
-        return policy.merge_and_unload() if options.lora_rank > 0 else policy
-
-    return best_checkpoint(run, method, work, kept_steps(steps, options.checkpoints), policy_at)
-
-
-def train_policy(run: Run, method: str, fingerprint: str) -> tuple[list[Path], str]:
-    options = run.config.distill.of(method)
-    folder = run.policy_path(method)
-    work = run.work_path(f"distill-{method}", fingerprint)
-    needs = run.config.row(method).needs_rewards
-    examples = examples_of(run, "train", rewards=needs, members=options.members if needs else None)
-    lora = options.lora_rank > 0
-    transformers.set_seed(run.config.seed)
-    policy = _start(run, options.lora_rank)
     steps = max(1, round(options.epochs * len(examples) / options.batch_prompts))
-    arguments = DistillConfig(
+    return DistillConfig(
         **run.training_arguments(
             work,
             policy,
@@ -97,13 +82,35 @@ def train_policy(run: Run, method: str, fingerprint: str) -> tuple[list[Path], s
             pairs=options.pairs,
             num_train_epochs=options.epochs,
             per_device_train_batch_size=options.batch_prompts,
-            learning_rate=options.learning_rate or (1e-4 if lora else 1e-5),
+            learning_rate=options.learning_rate or (1e-4 if options.lora_rank > 0 else 1e-5),
             warmup_steps=round(options.warmup_fraction * steps),
             logging_steps=options.logging_steps,
             save_steps=options.save_steps,
         )
         | options.training_arguments
     )
+
+
+def _select(run: Run, method: str, work: Path, steps: int) -> dict[str, Any]:
+    options = run.config.distill.of(method)
+
+    def policy_at(file: Path) -> Any:
+        policy = start_of(run, method)
+        put_weights(policy, file)
+        return policy.merge_and_unload() if options.lora_rank > 0 else policy
+
+    return best_checkpoint(run, method, work, kept_steps(steps, options.checkpoints), policy_at)
+
+
+def train_policy(run: Run, method: str, fingerprint: str) -> tuple[list[Path], str]:
+    options = run.config.distill.of(method)
+    folder = run.policy_path(method)
+    work = run.work_path(f"distill-{method}", fingerprint)
+    needs = run.config.row(method).needs_rewards
+    examples = examples_of(run, "train", rewards=needs, members=options.members if needs else None)
+    transformers.set_seed(run.config.seed)
+    policy = start_of(run, method)
+    arguments = arguments_of(run, method, work, policy, examples)
     callbacks = [KeepWeights(work, options.checkpoints)] if options.checkpoints > 1 else []
     trainer = DistillTrainer(policy, arguments, examples=examples, callbacks=callbacks)
     train_to_end(trainer, work, run.progress)
@@ -113,13 +120,17 @@ def train_policy(run: Run, method: str, fingerprint: str) -> tuple[list[Path], s
     selected = _select(run, method, work, trainer.state.max_steps) if options.checkpoints > 1 else None
     if selected is not None:
         put_weights(policy, kept_file(work, selected["chosen"]))
-    save_model(policy, run.tokenizer, folder)
-    write_json(folder / "history.json", history)
-    if selected is not None:
-        write_json(folder / "checkpoints.json", selected)
-    if trainer.mixture is not None:
-        write_json(folder / "mixture.json", promises(examples, trainer.mixture, beta=options.beta))
-    shutil.rmtree(work, ignore_errors=True)
+
+    def finish() -> None:
+        save_model(policy, run.tokenizer, folder)
+        write_json(folder / "history.json", history)
+        if selected is not None:
+            write_json(folder / "checkpoints.json", selected)
+        if trainer.mixture is not None:
+            write_json(folder / "mixture.json", promises(examples, trainer.mixture, beta=options.beta))
+        shutil.rmtree(work, ignore_errors=True)
+
+    ranks.from_main(finish)
     said = f"{method}: {trainer.state.global_step} steps"
     said += f", that of step {selected['chosen']} kept" if selected is not None else ""
     if history and "logps/chosen_change" in history[-1]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from prefdistill import ranks
 from prefdistill.atomic import write_json
 from prefdistill.data.table import PromptGroup, in_split
 from prefdistill.evaluation.sampling import Sample, SamplingOptions, sample
@@ -61,19 +62,24 @@ def sample_in_parts(
 ) -> list[list[Sample]]:
     """`sample`, whose batches are kept in a folder as they are drawn, so that a stopped stage goes on after them.
 
+    Several processes draw the batches in turn; every one returns all.
+
     Args:
         budget: tokens held at a time, in scoring budgets.
     """
-    known: dict[int, list[Sample]] = {}
-    for part in sealed_files(folder, "part-*", ".json"):
-        written = json.loads(part.read_text(encoding="utf-8"))
-        known |= {int(i): from_json(drawn) for i, drawn in written.items()}
+
+    def kept() -> dict[int, list[Sample]]:
+        known: dict[int, list[Sample]] = {}
+        for part in sealed_files(folder, "part-*", ".json"):
+            written = json.loads(part.read_text(encoding="utf-8"))
+            known |= {int(i): from_json(drawn) for i, drawn in written.items()}
+        return known
 
     def keep(drawn: dict[int, list[Sample]]) -> None:
         with sealed_file(folder / f"part-{min(drawn):06d}.json") as part:
             part.write_text(json.dumps({i: as_json(d) for i, d in drawn.items()}), encoding="utf-8")
 
-    return sample(
+    drawn = sample(
         model,
         [g.ids for g in groups],
         n=n,
@@ -81,10 +87,16 @@ def sample_in_parts(
         options=options,
         precision=run.precision,
         token_budget=budget * run.config.score.token_budget,
-        known=known,
+        known=kept(),
         keep=keep,
         progress=progress,
+        share=(ranks.rank(), ranks.count()),
     )
+    if ranks.count() == 1:
+        return drawn
+    ranks.wait()
+    of_all = kept()
+    return [of_all[i] for i in range(len(groups))]
 
 
 def draw(run: Run, method: str, fingerprint: str) -> tuple[list[Path], str]:
@@ -117,8 +129,12 @@ def draw(run: Run, method: str, fingerprint: str) -> tuple[list[Path], str]:
                 progress=tick,
             )
     del model
-    write_json(samples_path(run, method), {name: [as_json(d) for d in drawn] for name, drawn in streams.items()})
-    shutil.rmtree(work, ignore_errors=True)
+
+    def finish() -> None:
+        write_json(samples_path(run, method), {name: [as_json(d) for d in drawn] for name, drawn in streams.items()})
+        shutil.rmtree(work, ignore_errors=True)
+
+    ranks.from_main(finish)
     lengths = [len(s.ids) for d in streams["samples"] for s in d]
     return [samples_path(run, method)], (
         f"{method}: {n} samples for each of {len(groups)} prompts, {np.mean(lengths):.1f} tokens on average"

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import transformers
 
+from prefdistill import ranks
 from prefdistill.atomic import read_json, write_json
 from prefdistill.data.bias import biased_groups, longer_chosen, resample
 from prefdistill.data.table import PromptGroup, in_split, write_scored
@@ -125,15 +126,14 @@ def make_members(run: Run, fingerprint: str) -> tuple[list[Path], str]:
     for k in range(options.members):
         rho = options.rho[k % len(options.rho)] if options.resample == "length-bias" else None
         how = options.resample + (f", rho {rho}" if rho is not None else "")
-        done = run.member_path(k) / "training.json"
+        folder, done = run.member_path(k), run.member_path(k) / "training.json"
         # A member that an earlier, stopped try finished is not trained again.
-        finished = done.exists() and is_whole(run.member_path(k))
-        if not (finished and read_json(done)["fingerprint"] == fingerprint):
+        if not ranks.from_main(_is_finished, folder, fingerprint):
             run.say(f"member {k + 1} of {options.members}: {options.hold}, {how}")
             record = train_member(
                 run,
                 in_split(run.groups, "train"),
-                run.member_path(k),
+                folder,
                 work=run.work_path(f"reward-{k}", fingerprint),
                 base=options.models[k % len(options.models)] if options.models else run.reference,
                 how=options.resample,
@@ -142,13 +142,22 @@ def make_members(run: Run, fingerprint: str) -> tuple[list[Path], str]:
                 # Cross-validation is done once: its choice hardly hangs on the resample, and it is most of the work.
                 l2=facts[0].get("l2") if facts else None,
             )
-            write_json(done, {**record, "resample": how, "fingerprint": fingerprint})
-            seal(run.member_path(k))
+            ranks.from_main(_finish, folder, {**record, "resample": how, "fingerprint": fingerprint})
         facts.append(read_json(done))
     scales = ", ".join(f"{f['scale']:.2f}" for f in facts)
     return [run.member_path(k) for k in range(options.members)], (
         f"{options.members} members; margins times {scales} are log-odds on held-out pairs"
     )
+
+
+def _is_finished(folder: Path, fingerprint: str) -> bool:
+    facts = folder / "training.json"
+    return facts.exists() and is_whole(folder) and read_json(facts)["fingerprint"] == fingerprint
+
+
+def _finish(folder: Path, facts: dict[str, Any]) -> None:
+    write_json(folder / "training.json", facts)
+    seal(folder)
 
 
 def seed_of(seed: int, k: int) -> int:
@@ -169,7 +178,7 @@ def make_judge(run: Run, fingerprint: str) -> tuple[list[Path], str]:
         rho=None,
         seed=seed_of(run.config.seed, JUDGE),
     )
-    write_json(run.judge_path / "training.json", record)
+    ranks.from_main(write_json, run.judge_path / "training.json", record)
     return [run.judge_path], f"held-out judge from {record['pairs']} pairs over {len(groups)} prompts"
 
 
@@ -188,7 +197,6 @@ def train_member(
     """Trains one member, calibrates it on the validation pairs, saves it, and returns the facts of its training."""
     options = run.config.reward
     labelled = [g for g in groups if g.pairs]
-    flat = [(i, c, r) for i, g in enumerate(labelled) for c, r in g.pairs]
     weights = resample(how, longer_chosen(labelled), seed=seed, fraction=options.fraction, rho=rho)
     validation = [g for g in in_split(run.groups, "validation") if g.pairs]
     if rho is not None:
@@ -202,30 +210,53 @@ def train_member(
     facts: dict[str, Any] = {"base": base, "hold": options.hold, "seed": seed, "pairs": int(weights.sum())}
     facts |= {"tokenizer": run.tokenizer_fingerprint} if encoder is run.encoder else {"end_ids": encoder.end_ids}
     if options.hold == "head":
-        pad = classifier_pad(run)
-        features = reference_columns(run)["features"]
-        facts["features"] = features.fingerprint
-        x = np.concatenate([_pair_features(features, g) for g in labelled])
-        head, facts["l2"] = fit_head(x, weights, np.array([i for i, _, _ in flat]), l2=options.l2 or l2, seed=seed)
-        margins = np.concatenate([_pair_features(features, g) for g in validation]) @ head
-        scale = _scale(run, margins)
-        model: Any = new_classifier(base, pad, trust_remote_code=run.config.trust_remote_code)
-        with torch.no_grad():
-            model.score.weight.copy_(torch.tensor(scale * head, dtype=torch.float32)[None])
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
-        backbone = run.root / "reward" / f"backbone-{model_fingerprint(base)[:12]}.safetensors"
-        save_head(model, tokenizer, folder, backbone)
-    else:
-        model, margins = _train_model(run, labelled, validation, weights, encoder, base, work, seed)
-        scale = _scale(run, margins)
-        scale_head(model, scale)
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.pad_token_id)
+        facts |= ranks.from_main(
+            _train_head, run, labelled, validation, weights, tokenizer, base, folder, l2=l2, seed=seed
+        )
+        return facts
+    model, margins = _train_model(run, labelled, validation, weights, encoder, base, work, seed)
+    scale = _scale(run, margins)
+    scale_head(model, scale)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.pad_token_id)
+
+    def finish() -> None:
         if options.adapters:
             save_adapter(model, tokenizer, folder, base)
         else:
             save_model(model, tokenizer, folder)
         shutil.rmtree(work, ignore_errors=True)
+
+    ranks.from_main(finish)
     return {**facts, "scale": scale}
+
+
+def _train_head(
+    run: Run,
+    groups: Sequence[PromptGroup],
+    validation: Sequence[PromptGroup],
+    weights: np.ndarray,
+    tokenizer: Any,
+    base: str,
+    folder: Path,
+    *,
+    l2: float | None,
+    seed: int,
+) -> dict[str, Any]:
+    """Fits a head on the reference's features and saves it; returns what it stands on and how it was fitted."""
+    pad = classifier_pad(run)
+    features = reference_columns(run)["features"]
+    x = np.concatenate([_pair_features(features, g) for g in groups])
+    prompts = np.array([i for i, g in enumerate(groups) for _ in g.pairs])
+    head, l2 = fit_head(x, weights, prompts, l2=run.config.reward.l2 or l2, seed=seed)
+    margins = np.concatenate([_pair_features(features, g) for g in validation]) @ head
+    scale = _scale(run, margins)
+    model: Any = new_classifier(base, pad, trust_remote_code=run.config.trust_remote_code)
+    with torch.no_grad():
+        model.score.weight.copy_(torch.tensor(scale * head, dtype=torch.float32)[None])
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+    backbone = run.root / "reward" / f"backbone-{model_fingerprint(base)[:12]}.safetensors"
+    save_head(model, tokenizer, folder, backbone)
+    return {"features": features.fingerprint, "l2": l2, "scale": scale}
 
 
 def _scale(run: Run, margins: np.ndarray) -> float:
@@ -248,7 +279,7 @@ def _train_model(
     base: str,
     work: Path,
     seed: int,
-) -> tuple[torch.nn.Module, np.ndarray]:
+) -> tuple[Any, np.ndarray]:
     options = run.config.reward
     pad = distinct_pad_id(encoder.tokenizer, encoder.end_ids)
     pad = int(encoder.tokenizer.eos_token_id) if pad is None else pad
@@ -331,7 +362,9 @@ def make_rewards(run: Run) -> tuple[list[Path], str]:
         computed += fill_rewards_of(run, column, folder, trees, classifiers)
     scored = run.root / "data" / "scored.parquet"
     logps = references["logps"]
-    write_scored(scored, groups, [logps.of(g.tree) for g in groups], member_rewards(run, groups))
+    ranks.from_main(
+        lambda: write_scored(scored, groups, [logps.of(g.tree) for g in groups], member_rewards(run, groups))
+    )
     said = f"{len(folders)} reward columns, {computed} values computed, {total - computed} found"
     return [*_files(columns), scored], said
 
@@ -370,6 +403,11 @@ def _rewards_from_features(features: Column, column: Column, folder: str, trees:
     unknown = [k for k in missing if k not in features.values]
     if unknown:
         raise ConfigError(f"{len(unknown)} responses have no features; run the stage 'reference' again")
-    if missing:
-        column.add(missing, np.stack([features.values[k] for k in missing]) @ head)
+
+    def add() -> None:
+        if missing:
+            column.add(missing, np.stack([features.values[k] for k in missing]) @ head)
+
+    ranks.from_main(add)
+    column.refresh()
     return len(missing)

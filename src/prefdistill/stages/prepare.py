@@ -11,6 +11,7 @@ from typing import Any
 
 import transformers
 
+from prefdistill import ranks
 from prefdistill.atomic import write_json, write_text
 from prefdistill.config import EMBEDDED_DATA
 from prefdistill.data.bias import biased_groups
@@ -145,15 +146,13 @@ def make_start(run: Run, fingerprint: str) -> tuple[list[Path], str]:
     model = load_policy(run.config.model, trust_remote_code=run.config.trust_remote_code)
     options = run.config.sft
     if not options.enabled:
-        save_model(model, run.tokenizer, run.start_path)
+        ranks.from_main(save_model, model, run.tokenizer, run.start_path)
         return [run.start_path], "the starting policy, which is the reference"
     folder = run.work_path("start", fingerprint)
     trees, too_long = _demonstrations(run)
     lora = options.lora_rank > 0
     transformers.set_seed(run.config.seed)
     policy = add_lora(model, rank=options.lora_rank, task="CAUSAL_LM") if lora else model
-    # Measured on the model itself, whose folder does not exist yet.
-    run.settle_precision(lambda: model.config)
     arguments = transformers.TrainingArguments(
         **run.training_arguments(
             folder,
@@ -170,8 +169,12 @@ def make_start(run: Run, fingerprint: str) -> tuple[list[Path], str]:
     trainer = SFTTrainer(policy, arguments, trees=trees)
     train_to_end(trainer, folder, run.progress)
     history = [h["token_nll"] for h in trainer.state.log_history if "token_nll" in h]
-    save_model(policy, run.tokenizer, run.start_path)
-    shutil.rmtree(folder, ignore_errors=True)
+
+    def finish() -> None:
+        save_model(policy, run.tokenizer, run.start_path)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    ranks.from_main(finish)
     said = f"supervised start on {len(trees)} prompts"
     said += f", {too_long} demonstrations left out as too long" if too_long else ""
     return [run.start_path], (f"{said}: {history[0]:.3f} to {history[-1]:.3f} nats a token" if history else said)
@@ -222,8 +225,12 @@ def make_samples(run: Run, fingerprint: str) -> tuple[list[Path], str]:
             group,
             [Response(run.encoder.decode_response(s.ids), s.ids, s.finished, "reference") for s in samples],
         )
-    write_groups(run.sampled_path, groups)
-    shutil.rmtree(run.work_path("sample", fingerprint), ignore_errors=True)
+
+    def finish() -> None:
+        write_groups(run.sampled_path, groups)
+        shutil.rmtree(run.work_path("sample", fingerprint), ignore_errors=True)
+
+    ranks.from_main(finish)
     unfinished = sum(not s.finished for d in drawn for s in d)
     return [run.sampled_path], (
         f"{n} responses of the reference for each of {len(train)} training prompts, {unfinished} cut at {bound} tokens"

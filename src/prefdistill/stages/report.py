@@ -11,6 +11,8 @@ from typing import Any
 from prefdistill.atomic import read_json, write_text
 from prefdistill.manifest import Manifest
 from prefdistill.report.html import write_report
+from prefdistill.seals import checksum
+from prefdistill.stages.draw import samples_path
 from prefdistill.stages.run import Run
 
 
@@ -29,6 +31,7 @@ def make_report(run: Run, manifest: Manifest) -> tuple[list[Path], str]:
             **ensemble,
             "samples": read_json(folder / "side_by_side.json"),
             "warnings": summary["warnings"],
+            "llm_judge": _llm_judge(run),
             "checks": read_json(folder / "diagnosis.json")["checks"],
             "config": run.config.as_yaml(),
             "environment": _environment(run),
@@ -38,6 +41,22 @@ def make_report(run: Run, manifest: Manifest) -> tuple[list[Path], str]:
     path = run.report_path
     write_text(path, html)
     return [path], f"open {path}"
+
+
+def llm_judge_path(run: Run) -> Path:
+    """What `prefdistill judge` found."""
+    return run.evaluation_path / "llm-judge.json"
+
+
+def _llm_judge(run: Run) -> dict[str, Any] | None:
+    """What a language model made of these samples; None where none was asked, or of others."""
+    path = llm_judge_path(run)
+    if not path.exists():
+        return None
+    found: dict[str, Any] = read_json(path)
+    files = {name: samples_path(run, name) for name in found.get("samples", {})}
+    same = files and all(f.exists() and checksum(f) == found["samples"][name] for name, f in files.items())
+    return found if same else None
 
 
 def _mixtures(run: Run) -> dict[str, Any]:

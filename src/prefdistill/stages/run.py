@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from prefdistill import ranks
 from prefdistill.atomic import write_json
 from prefdistill.config import RunConfig
 from prefdistill.data.table import PromptGroup, read_groups
@@ -47,7 +48,8 @@ class Run:
         return Path(self.config.output_dir)
 
     def say(self, text: str) -> None:
-        print(f"    {text}", file=sys.stderr, flush=True)
+        if ranks.is_main():
+            print(f"    {text}", file=sys.stderr, flush=True)
 
     # -- places ----------------------------------------------------------------------------------------------------
 
@@ -144,20 +146,15 @@ class Run:
 
     @cached_property
     def precision(self) -> str:
-        """The arithmetic of this run."""
-        return self.settle_precision(
-            lambda: load_config(self.reference, trust_remote_code=self.config.trust_remote_code)
-        )
-
-    def settle_precision(self, shape: Callable[[], Any]) -> str:
-        """The precision asked for, or the faster one for a model of this configuration.
+        """The arithmetic of this run: what is asked for, or the faster one for a model of this shape.
 
         Once measured it stays, or a busy minute would make every column stale.
         """
         asked, kept = self.config.precision, self.root / "precision.json"
         if asked == "auto" and kept.exists():
             return str(json.loads(kept.read_text(encoding="utf-8"))["precision"])
-        chosen = choose_precision(asked, shape() if asked == "auto" else None, self.device)
+        shape = load_config(self.config.model, trust_remote_code=self.config.trust_remote_code)
+        chosen = choose_precision(asked, shape, self.device)
         if asked == "auto":
             write_json(kept, {"precision": chosen})
             self.say(f"precision: {chosen} (the faster matrix product on this machine)")
@@ -182,6 +179,7 @@ class Run:
 
         Checkpoints are put off to the next log line, since what is recorded between lines is in no checkpoint.
         """
+        options["per_device_train_batch_size"] //= ranks.count()  # a batch is that of all processes
         every = options.get("logging_steps", 1)
         if "save_steps" in options:
             options["save_steps"] = -(-options["save_steps"] // every) * every

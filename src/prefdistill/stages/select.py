@@ -31,7 +31,7 @@ class KeepWeights(TrainerCallback):
         self.n = n
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step in kept_steps(state.max_steps, self.n):
+        if state.is_world_process_zero and state.global_step in kept_steps(state.max_steps, self.n):
             trained = {
                 name: p.detach().contiguous() for name, p in kwargs["model"].named_parameters() if p.requires_grad
             }

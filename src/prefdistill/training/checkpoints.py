@@ -9,15 +9,16 @@ from typing import Any
 import transformers
 from transformers import PrinterCallback, TrainerCallback
 
+from prefdistill import ranks
 from prefdistill.progress import Progress
 from prefdistill.seals import is_whole, seal
-from prefdistill.stopping import Request, stop_requests
+from prefdistill.stopping import Request, Terminated, stop_requests
 from prefdistill.training.callbacks import ProgressCallback
 from prefdistill.training.trackers import end_tracking
 
 
 def train_to_end(trainer: transformers.Trainer, work: Path, progress: Progress) -> None:
-    """Trains from the newest whole checkpoint in `work`, or from the start.
+    """Trains from the newest whole checkpoint in `work`, or from the start; returns when all processes have.
 
     Raises:
         KeyboardInterrupt: SIGINT or SIGTERM came; the step under way was finished and a checkpoint written.
@@ -27,8 +28,9 @@ def train_to_end(trainer: transformers.Trainer, work: Path, progress: Progress) 
         # The seal comes last: what other callbacks write belongs to the checkpoint.
         for callback in (ProgressCallback(progress), _StopCallback(request), _SealCallback()):
             trainer.add_callback(callback)
-        trainer.train(resume_from_checkpoint=last_checkpoint(work))
+        trainer.train(resume_from_checkpoint=ranks.from_main(last_checkpoint, work))
         end_tracking(trainer.args.report_to)
+        ranks.wait()
         if request.reason is not None:
             raise request.reason
 
@@ -43,7 +45,11 @@ class _StopCallback(TrainerCallback):
         self.request = request
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.request.reason is not None:
+        # Whoever was told, all stop after the same step.
+        own = self.request.reason
+        told = ranks.largest(0 if own is None else 1 + isinstance(own, Terminated))
+        if told:
+            self.request.reason = Terminated() if told > 1 else KeyboardInterrupt()
             control.should_log = control.should_save = control.should_training_stop = True
 
 
@@ -51,7 +57,7 @@ class _SealCallback(TrainerCallback):
     """Writes the checksums of a checkpoint's files when all of them are there."""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        ranks.from_main(seal, Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 def last_checkpoint(folder: Path) -> str | None:

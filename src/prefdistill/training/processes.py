@@ -30,9 +30,15 @@ def route_tree_calls(core: Any) -> None:
 
 
 def together(values: Tensor, items: Sequence[Item]) -> tuple[Tensor, list[Item]]:
-    """The values [N] and items of all processes, in order of rank; gradients flow to this process's own values."""
+    """The values [N] and items of all processes, in order of rank; gradients flow to this process's own values.
+
+    Values without items count for nothing, but their process takes part in the backward pass.
+    """
     shares: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, (values.detach().cpu(), list(items)))
+    dist.all_gather_object(shares, (values[: len(values) if items else 0].detach().cpu(), list(items)))
     own = dist.get_rank()
-    parts = [values if rank == own else share[0].to(values.device) for rank, share in enumerate(shares)]
-    return torch.cat(parts), [item for _, share in shares for item in share]
+    parts = [values if rank == own and items else share[0].to(values.device) for rank, share in enumerate(shares)]
+    joined = torch.cat(parts)
+    if not items:
+        joined = joined + 0 * values.sum()
+    return joined, [item for _, share in shares for item in share]

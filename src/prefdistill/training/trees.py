@@ -115,16 +115,18 @@ class TreeTrainer(transformers.Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        items: list[Item] = inputs["items"]
+        items: list[Item] = self._without_repeated(inputs["items"])
         pad = self.tree_model.config.pad_token_id if self.pool else None
-        batch = self.tree_model.collate([item["tree"] for item in items], pool_pad_id=pad)
+        computed = items or inputs["items"][:1]  # who has nothing left still takes part in the others' sums
+        batch = self.tree_model.collate([item["tree"] for item in computed], pool_pad_id=pad)
 
         def call() -> Tensor:
             with self.accelerator.autocast():
                 return self.values_of(batch)
 
         if self.args.world_size > 1:
-            values, items = together(model(tree_call=call), items)
+            own = model(tree_call=call)
+            values, items = together(own, items)
         else:
             values = call()
         loss = self.loss_of(values, self.join(items))
@@ -134,6 +136,13 @@ class TreeTrainer(transformers.Trainer):
         # Processes average their gradients, and every one has the whole loss but its own share of the gradient.
         loss = loss + (self.args.world_size - 1) * (loss - loss.detach())
         return (loss, None) if return_outputs else loss
+
+    def _without_repeated(self, items: list[Item]) -> list[Item]:
+        """A batch without the items that fill up an epoch's last batch, so that every process gets as many."""
+        state = self.accelerator.gradient_state
+        if self.args.world_size == 1 or not (state.end_of_dataloader and state.sync_gradients) or state.remainder <= 0:
+            return items
+        return items[: max(0, state.remainder - self.accelerator.process_index * len(items))]
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         # Trainer's own place between backward pass and optimiser: a step on such gradients would ruin the weights.
