@@ -222,7 +222,7 @@ class RunConfig:
             raise ConfigError(f"distill.kl_alpha is {self.distill.kl_alpha}; it must not be negative")
         total = self.reward.members + len(self.reward.pretrained)
         for k in self.distill.members or []:
-            if not 0 <= k < total:
+            if not (0 <= k < total or (self.reward.given is not None and k >= 0)):
                 raise ConfigError(f"distill.members names {k}; there are {total} members, numbered from 0")
         if self.distill.members == []:
             raise ConfigError("distill.members is empty; name at least one member, or null for all")
@@ -246,8 +246,26 @@ class RunConfig:
             raise ConfigError(f"reward.adapters is for hold: lora; with hold: {self.reward.hold} there is no adapter")
         if self.reward.resample == "length-bias" and not self.reward.rho:
             raise ConfigError("reward.resample: length-bias needs reward.rho, e.g. [0.2, 0.5, 0.8]")
-        if self.needs_rewards and self.reward.members + len(self.reward.pretrained) < 1:
-            raise ConfigError("methods that distil rewards need reward.members or reward.pretrained")
+        if self.reward.given is not None:
+            self._check_given()
+        elif self.needs_rewards and self.reward.members + len(self.reward.pretrained) < 1:
+            raise ConfigError("methods that distil rewards need reward.members, reward.pretrained or reward.given")
+
+    def _check_given(self) -> None:
+        name = self.reward.given
+        if not name:
+            raise ConfigError("reward.given is empty; name the columns, e.g. score for score_chosen and score_rejected")
+        if self.reward.members or self.reward.pretrained:
+            raise ConfigError(
+                f"reward.given: {name} stands in place of reward models; set reward.members: 0 and no reward.pretrained"
+            )
+        for method in self.methods:
+            row, pessimism = self.row(method), self.distill.of(method).pessimism
+            if row.hull or (row.loss == "e_dpo" and pessimism.startswith("hull")):
+                raise ConfigError(
+                    f"{method}: the hull's weights need rewards of the reference's samples, which the data does not "
+                    "give; train members, or name reward models in reward.pretrained"
+                )
 
     def as_yaml(self) -> str:
         return yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)

@@ -101,6 +101,8 @@ class RewardOptions:
         rho: for length-bias, each member's fraction of pairs that prefer the longer response, taken in turn.
         models: base models of the members, taken in turn (empty: the starting policy); not for hold: head.
         pretrained: folders or hub ids of reward models that stand in as further members.
+        given: in place of members, rewards that the data has: with `score`, columns score_chosen and score_rejected,
+            each a number or a list of one for each member (needs members: 0).
         epochs: passes over the training prompts (lora, full).
         learning_rate: null: 2e-4 with lora, 1e-5 with full.
         batch_prompts: prompts a step.
@@ -117,6 +119,7 @@ class RewardOptions:
     rho: list[float] = field(default_factory=list)
     models: list[str] = field(default_factory=list)
     pretrained: list[str] = field(default_factory=list)
+    given: str | None = None
     epochs: float = 1.0
     learning_rate: float | None = None
     batch_prompts: int = 8
@@ -154,7 +157,7 @@ class DistillOptions:
             over their hull, one mixture for all prompts (hull) or one each (hull-per-prompt); hull-dpo is e-dpo with
             hull.
         members: which reward models a method distils, by number: those trained, then reward.pretrained (null: all).
-        pairs: labelled pairs, or all pairs of a prompt's responses (methods that distil rewards).
+        pairs: labelled pairs, or all pairs of a prompt's responses that have rewards (methods that distil rewards).
         epochs: passes over the training prompts.
         learning_rate: null: 1e-4 with LoRA, 1e-5 without.
         batch_prompts: prompts a step, each with all its responses.

@@ -139,7 +139,8 @@ def plan(job: Run, manifest: Manifest, make_data: Callable[[], Outcome], source:
         Stage(
             "data",
             f"reading, encoding and splitting {config.data}",
-            [TABLE_FORMAT, asdict(config.dataset), source, tokens, config.seed, config.evaluate.judge == "heldout"],
+            [TABLE_FORMAT, asdict(config.dataset), source, tokens, config.seed, config.evaluate.judge == "heldout"]
+            + ([config.reward.given] if config.reward.given and config.needs_rewards else []),
             (),
             0.1,
             lambda _: make_data(),
@@ -184,7 +185,7 @@ def plan(job: Run, manifest: Manifest, make_data: Callable[[], Outcome], source:
     )
     reward = asdict(config.reward)
     # Ready reward models are scored, not trained: another list of them leaves the members as they are.
-    training = {name: value for name, value in reward.items() if name != "pretrained"}
+    training = {name: value for name, value in reward.items() if name not in ("pretrained", "given")}
     training["models"] = [model_fingerprint(name) for name in config.reward.models]
     pretrained = [model_fingerprint(name) for name in config.reward.pretrained]
     judged_by = config.evaluate.judge
@@ -193,8 +194,8 @@ def plan(job: Run, manifest: Manifest, make_data: Callable[[], Outcome], source:
     elif judged_by != "heldout":
         judged_by = model_fingerprint(judged_by)
     trained = 0.2 if config.reward.hold == "head" else (TRAIN_PASSES + 1) * config.reward.epochs
-    if config.needs_rewards:
-        stages += [
+    if config.needs_rewards and config.reward.members:
+        stages.append(
             Stage(
                 "reward",
                 f"training {config.reward.members} reward models",
@@ -202,7 +203,10 @@ def plan(job: Run, manifest: Manifest, make_data: Callable[[], Outcome], source:
                 ("reference",),
                 trained * config.reward.members,
                 lambda fingerprint: members.make_members(job, fingerprint),
-            ),
+            )
+        )
+    if config.needs_rewards:
+        stages.append(
             Stage(
                 "score",
                 "rewards of every response by every member, once",
@@ -210,8 +214,8 @@ def plan(job: Run, manifest: Manifest, make_data: Callable[[], Outcome], source:
                 ("reference", "reward"),
                 0.1 if config.reward.hold == "head" else 1.5 * config.reward.members,
                 lambda _: members.make_rewards(job),
-            ),
-        ]
+            )
+        )
     if config.evaluate.judge == "heldout":
         stages.append(
             Stage(

@@ -20,11 +20,12 @@ import pyarrow.parquet as pq
 
 from prefdistill.atomic import fresh_file
 from prefdistill.data.formats import Pair, Text
+from prefdistill.data.given import GivenRewards
 from prefdistill.data.tokenise import Encoder
 from prefdistill.data.tree import Tree
 from prefdistill.errors import DataError
 
-TABLE_FORMAT = 1  # of the files of `write_groups`; a change makes those of earlier versions stale
+TABLE_FORMAT = 2  # of the files of `write_groups`; a change makes those of earlier versions stale
 NAME_LENGTH = 60
 SPLITS = ("train", "validation", "judge", "test")
 
@@ -37,6 +38,7 @@ class Response:
         text, ids: as a person and as a model reads it; unfinished ones have no end token.
         source: where it came from first, "data" or "reference".
         drawn: how often it was drawn from the reference: a likely response counts as often in forward KL.
+        given: its rewards, one for each member, where the data gives them.
     """
 
     text: Text
@@ -44,6 +46,7 @@ class Response:
     finished: bool = True
     source: str = "data"
     drawn: int = 0
+    given: tuple[float, ...] = ()
 
 
 @dataclass
@@ -108,6 +111,7 @@ def group_pairs(
     *,
     splits: dict[str, str],
     on_bad: Callable[[str, DataError], None] | None = None,
+    given: str | None = None,
 ) -> tuple[list[PromptGroup], Dropped]:
     """Pairs to prompt groups in the order of first appearance; pairs with a response too long are dropped, counted.
 
@@ -116,13 +120,16 @@ def group_pairs(
     Args:
         splits: prompt key (`text_key`) -> split.
         on_bad: told of a pair that cannot be encoded, which is then left out; None raises.
+        given: rewards are read from the columns `given`_chosen and `given`_rejected.
 
     Raises:
-        DataError: a pair cannot be encoded, or a response has an end token in its middle, where a policy would stop.
+        DataError: a pair cannot be encoded, a response has an end token in its middle, where a policy would stop, or
+            its given rewards are not finite, not as many as others', or not those of another row.
     """
     groups: dict[tuple[bool, tuple[int, ...]], PromptGroup] = {}
     group_of: dict[str, PromptGroup] = {}
     too_long = same = 0
+    rewards = GivenRewards(given) if given is not None else None
     for pair in pairs:
         try:
             chosen = encoder.response_ids(pair.prompt, pair.chosen)
@@ -134,6 +141,10 @@ def group_pairs(
                 group_of[key] = groups.setdefault((isinstance(pair.prompt, str), encoded.ids), new)
             for name, ids in (("chosen", chosen), ("rejected", rejected)):
                 _check_ends(name, ids or (), encoder)
+            of_pair = rewards.of(pair) if rewards is not None else ((), ())
+            if rewards is not None and chosen is not None and rejected is not None:
+                for ids, values in zip((chosen, rejected), of_pair, strict=True):
+                    rewards.check_same(group_of[key].ids, ids, values, pair.where)
         except DataError as error:
             if on_bad is None:
                 raise DataError(f"{pair.where}: {error}") from error
@@ -146,7 +157,9 @@ def group_pairs(
             same += 1
             continue
         group = group_of[key]
-        group.pairs.append((group.place(Response(pair.chosen, chosen)), group.place(Response(pair.rejected, rejected))))
+        both = ((pair.chosen, chosen, of_pair[0]), (pair.rejected, rejected, of_pair[1]))
+        first, second = (group.place(Response(text, ids, given=values)) for text, ids, values in both)
+        group.pairs.append((first, second))
     kept = [g for g in groups.values() if g.pairs]
     return kept, Dropped(too_long, sum(g.cut > 0 for g in kept), same)
 
@@ -226,6 +239,7 @@ _RESPONSE = pa.struct(
         ("finished", pa.bool_()),
         ("source", pa.string()),
         ("drawn", pa.int32()),
+        ("given", pa.list_(pa.float64())),
     ]
 )
 _SCHEMA = pa.schema(
@@ -257,6 +271,7 @@ def write_groups(path: Path, groups: Sequence[PromptGroup], metadata: dict[str, 
                     "finished": r.finished,
                     "source": r.source,
                     "drawn": r.drawn,
+                    "given": list(r.given),
                 }
                 for r in g.responses
             ],
@@ -315,7 +330,14 @@ def read_groups(path: Path) -> list[PromptGroup]:
                 json.loads(row["extra"]),
                 row["cut"],
                 [
-                    Response(json.loads(r["text"]), tuple(r["ids"]), r["finished"], r["source"], r["drawn"])
+                    Response(
+                        json.loads(r["text"]),
+                        tuple(r["ids"]),
+                        r["finished"],
+                        r["source"],
+                        r["drawn"],
+                        tuple(r["given"]),
+                    )
                     for r in row["responses"]
                 ],
                 [(p[0], p[1]) for p in row["pairs"]],

@@ -40,7 +40,7 @@ def diagnose(
     facts: dict[str, dict[str, Any]] = {m: dict(f) for m, f in methods.items()}
     for m in run.config.methods:
         facts[m]["history"] = history_of(run, m)
-    if ensemble:
+    if ensemble and member_folders(run):  # given rewards say nothing of samples
         _add_ensemble(run, facts)
     return check_run(facts, ensemble.get("members", []), ensemble.get("ensemble_mean"), judge)
 

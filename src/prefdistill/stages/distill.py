@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import transformers
 
 from prefdistill import ranks
 from prefdistill.atomic import write_json
 from prefdistill.data.table import PromptGroup
+from prefdistill.errors import ConfigError
 from prefdistill.models.loading import add_lora, save_model
 from prefdistill.stages.members import member_rewards, reference_columns
 from prefdistill.stages.run import Run
@@ -27,6 +29,8 @@ def examples_of(run: Run, *splits: str, rewards: bool, members: Sequence[int] | 
     logps = reference_columns(run)["logps"]
     scores = member_rewards(run, groups) if rewards else []
     if members is not None:
+        if max(members) >= len(scores):
+            raise ConfigError(f"distill.members names {max(members)}; the data has rewards of {len(scores)} members")
         scores = [scores[k] for k in members]
     out = []
     for i, g in enumerate(groups):
@@ -35,7 +39,7 @@ def examples_of(run: Run, *splits: str, rewards: bool, members: Sequence[int] | 
                 DistillExample(
                     g.tree,
                     tuple(logps.of(g.tree).tolist()),
-                    tuple(tuple(member[i].tolist()) for member in scores),
+                    tuple(tuple(None if np.isnan(r) else float(r) for r in member[i]) for member in scores),
                     tuple(g.pairs),
                     tuple(_from_reference(run, g)),
                     g.name,

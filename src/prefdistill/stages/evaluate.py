@@ -130,8 +130,11 @@ def ensemble_facts(run: Run) -> dict[str, Any]:
         return member_figures(found, margins(lengths), held_out, lengths)
 
     facts = []
-    for k, (folder, member) in enumerate(zip(member_folders(run), rewards, strict=True)):
-        training = {"resample": "pretrained", **training_facts(folder)}
+    given = run.config.reward.given
+    folders = member_folders(run) if given is None else [None] * len(rewards)
+    for k, (folder, member) in enumerate(zip(folders, rewards, strict=True)):
+        training: dict[str, Any] = {"resample": "pretrained" if folder else f"given: {given}"}
+        training |= training_facts(folder) if folder else {}
         facts.append(
             {
                 "name": f"member {k}",

@@ -54,6 +54,6 @@ def judge_facts(run: Run, groups: list[PromptGroup]) -> dict[str, Any]:
 
 def _heldout(run: Run) -> str:
     said = "a reward model trained on pairs that no member has seen"
-    if run.config.reward.hold == "head" and run.config.needs_rewards:
+    if run.config.reward.hold == "head" and run.config.needs_rewards and run.config.reward.members:
         said += ", a head on the same frozen features as the members: what these features miss, both miss"
     return said

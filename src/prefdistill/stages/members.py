@@ -335,15 +335,29 @@ def reward_column(run: Run, k: int, folder: str) -> Column:
 
 
 def member_rewards(run: Run, groups: Sequence[PromptGroup], *, centred: bool = True) -> list[list[np.ndarray]]:
-    """Rewards [K][group] -> [R], from columns only; centred, their mean over the training responses is 0."""
-    out = []
+    """Rewards [K][group] -> [R], from columns only; centred, their mean over the training responses is 0.
+
+    Where the data gives the rewards, those of responses that are not the data's are not known: nan.
+    """
+    if run.config.reward.given is not None:
+        by_member = _given_rewards(groups)
+    else:
+        by_member = []
+        for k, folder in enumerate(member_folders(run)):
+            column, trees = reward_column(run, k, folder), member_trees(run, groups, encoder_of(run, folder))
+            by_member.append([column.of(t) for t in trees])
+    if not centred:
+        return by_member
     train = [i for i, g in enumerate(groups) if g.split == "train"]
-    for k, folder in enumerate(member_folders(run)):
-        column, trees = reward_column(run, k, folder), member_trees(run, groups, encoder_of(run, folder))
-        values = [column.of(t) for t in trees]
-        centre = float(np.concatenate([values[i] for i in train] or values).mean()) if centred else 0.0
-        out.append([v - centre for v in values])
-    return out
+    centres = [float(np.nanmean(np.concatenate([values[i] for i in train] or values))) for values in by_member]
+    return [[v - centre for v in values] for values, centre in zip(by_member, centres, strict=True)]
+
+
+def _given_rewards(groups: Sequence[PromptGroup]) -> list[list[np.ndarray]]:
+    members = max(len(r.given) for g in groups for r in g.responses)
+    return [
+        [np.array([r.given[k] if r.given else np.nan for r in g.responses]) for g in groups] for k in range(members)
+    ]
 
 
 def make_rewards(run: Run) -> tuple[list[Path], str]:
@@ -366,6 +380,8 @@ def make_rewards(run: Run) -> tuple[list[Path], str]:
         lambda: write_scored(scored, groups, [logps.of(g.tree) for g in groups], member_rewards(run, groups))
     )
     said = f"{len(folders)} reward columns, {computed} values computed, {total - computed} found"
+    if run.config.reward.given is not None:
+        said = f"rewards of {max(len(r.given) for g in groups for r in g.responses)} members, given with the data"
     return [*_files(columns), scored], said
 
 

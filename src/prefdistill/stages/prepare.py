@@ -81,7 +81,8 @@ def encode_pairs(
     seed = run.config.seed if options.split_seed is None else options.split_seed
     splits = assign_splits(pairs, fractions, seed)
     drop = None if options.on_bad_row == "stop" else _into([] if bad is None else bad)
-    groups, dropped = group_pairs(pairs, run.encoder, splits=splits, on_bad=drop)
+    given = run.config.reward.given if run.config.needs_rewards else None
+    groups, dropped = group_pairs(pairs, run.encoder, splits=splits, on_bad=drop, given=given)
     groups = _at_most(groups, {s: getattr(options, f"max_{s}_prompts", None) for s in SPLITS})
     if options.rho is not None:
         groups = _biased(groups, options.rho, options.rho_pairs, run.config.seed)

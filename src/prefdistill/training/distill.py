@@ -33,18 +33,19 @@ class DistillExample:
     Attributes:
         tree: R responses.
         reference_logps: [R] log pi_ref(y|x), summed over tokens.
-        rewards: [K, R]; K = 0 where the loss needs none.
+        rewards: [K, R]; K = 0 where the loss needs none. None for all members: not known, and the response is in no
+            pair that rewards are distilled on.
         pairs: labelled pairs (chosen, rejected) as indices into the responses.
         from_reference: the responses that were drawn from pi_ref, over which forward KL is estimated.
         name: what errors call the prompt.
 
     Raises:
-        DataError: a column has another length, or holds what is no finite number.
+        DataError: a column has another length, or holds what is no finite number, or a pair's rewards are not known.
     """
 
     tree: Tree
     reference_logps: tuple[float, ...]
-    rewards: tuple[tuple[float, ...], ...] = ()
+    rewards: tuple[tuple[float | None, ...], ...] = ()
     pairs: tuple[tuple[int, int], ...] = ()
     from_reference: tuple[int, ...] = ()
     name: str = ""
@@ -53,10 +54,17 @@ class DistillExample:
         r = len(self.tree.responses)
         if len(self.reference_logps) != r or any(len(k) != r for k in self.rewards):
             raise DataError(f"a tree of {r} responses needs {r} reference log-probs and {r} rewards of each member")
+        labelled = {i for pair in self.pairs for i in pair}
         for what, values in [("reference log-prob", self.reference_logps), *(("reward", k) for k in self.rewards)]:
             for i, value in enumerate(values):
-                if not math.isfinite(value):
+                unknown = value is None and what == "reward" and i not in labelled and i not in self.known
+                if not unknown and (value is None or not math.isfinite(value)):
                     raise DataError(f"the {what} of response {i} is {value} ({self.name or 'a prompt without a name'})")
+
+    @property
+    def known(self) -> list[int]:
+        """The responses that have a reward of some member; all, where there are no members."""
+        return [i for i in range(len(self.tree.responses)) if all(k[i] is not None for k in self.rewards[:1])]
 
 
 @dataclass
@@ -121,9 +129,10 @@ def join_columns(items: Sequence[Mapping[str, Any]], *, pairs: str) -> dict[str,
         e: DistillExample = item["example"]
         start = len(reference)
         reference += e.reference_logps
-        rewards.append(torch.tensor(e.rewards, dtype=torch.float64).reshape(len(e.rewards), len(e.reference_logps)))
+        values = [[math.nan if r is None else r for r in k] for k in e.rewards]
+        rewards.append(torch.tensor(values, dtype=torch.float64).reshape(len(e.rewards), len(e.reference_logps)))
         labelled += [(start + a, start + b) for a, b in e.pairs]
-        chosen = all_pairs(len(e.tree.responses)) if pairs == "all" else e.pairs
+        chosen = [(e.known[a], e.known[b]) for a, b in all_pairs(len(e.known))] if pairs == "all" else e.pairs
         used += [(start + a, start + b) for a, b in chosen]
         kl += [start + i for i in e.from_reference]
     return {
@@ -137,7 +146,7 @@ def join_columns(items: Sequence[Mapping[str, Any]], *, pairs: str) -> dict[str,
 
 def with_pairs(examples: Sequence[DistillExample], pairs: str) -> list[DistillExample]:
     """The examples that a loss over "labelled" or "all" pairs has something to say about."""
-    return [e for e in examples if (len(e.tree.responses) > 1 if pairs == "all" else e.pairs)]
+    return [e for e in examples if (len(e.known) > 1 if pairs == "all" else e.pairs)]
 
 
 class DistillTrainer(TreeTrainer):
@@ -187,6 +196,8 @@ class DistillTrainer(TreeTrainer):
         self.mixture: Mixture | None = None
         self.loss = self.method.loss
         if self.loss == "e_dpo" and args.pessimism in HULLS:
+            if any(len(e.known) < len(e.tree.responses) for e in kept):
+                raise ConfigError(f"{args.method} with pessimism {args.pessimism} needs rewards of all responses")
             per_prompt = args.pessimism == "hull-per-prompt"
             self.mixture = mixture_of(kept, beta=args.beta, per_prompt=per_prompt)
             if kept_eval is not None:
