@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import importlib.util
 import weakref
 
 import peft
@@ -14,8 +16,11 @@ from prefdistill.data.tree import Tree
 from prefdistill.errors import ConfigError
 from prefdistill.models.adapters import Classifiers
 from prefdistill.models.forward import TreeModel
-from prefdistill.models.loading import add_lora, new_classifier, save_adapter
-from test_reward import letters_tokenizer
+from prefdistill.models.loading import add_lora, new_classifier, save_adapter, save_head, save_model
+from prefdistill.models.merging import on_written_out, written_out
+from prefdistill.models.quantise import load_policy_4bit, new_classifier_4bit
+from prefdistill.training.reward import RewardTrainer, scale_head
+from test_reward import EXAMPLES, arguments, letters_tokenizer
 from tiny_models import tiny
 
 TREES = [Tree((5, 6, 7), ((20, 21, 22, 2), (23, 2))), Tree((9,), ((30, 31),))]
@@ -84,6 +89,60 @@ def test_the_base_is_in_memory_once(members, monkeypatch):
     classifiers = Classifiers()
     weights = {classifiers.load(f).get_base_model().model.embed_tokens.weight.data_ptr() for f in members}
     assert len(weights) == len(read) == 1
+
+
+CPU = torch.device("cpu")
+KINDS = ["full", "head", "lora", "dora"] + (["qlora", "qdora"] if importlib.util.find_spec("bitsandbytes") else [])
+
+
+def trained(kind: str, base: str, work):
+    """A member of this kind as a run trains it, and its head scaled."""
+    transformers.set_seed(len(kind))
+    if kind.startswith("q"):
+        model = new_classifier_4bit(base, 0, precision="float32", device=CPU)
+    else:
+        model = new_classifier(base, 0)
+    if kind.endswith(("lora", "dora")):
+        model = add_lora(model, rank=3, use_dora=kind.endswith("dora"), task="SEQ_CLS")
+    if kind == "head":
+        model.requires_grad_(False)
+        model.score.requires_grad_(True)
+    RewardTrainer(model, arguments(work, max_steps=5, learning_rate=2e-2), examples=EXAMPLES).train()
+    scale_head(model, 1.7)
+    return model.eval()
+
+
+def test_members_of_every_kind_are_themselves_once_loaded(tmp_path):
+    """Merged and as adapters, alone and after one another, adapters on one base in memory: the rewards of training."""
+    tokenizer, base = letters_tokenizer(), str(tmp_path / "base")
+    tiny("llama", num_hidden_layers=2, hidden_size=64, head_dim=16).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    expected = {}
+    for kind in KINDS:
+        model = trained(kind, base, tmp_path / "work")
+        truth = rewards(model)
+        assert truth.std() > 0.1, "rewards that are all alike prove nothing"
+        if kind == "head":
+            save_head(model, tokenizer, tmp_path / kind, tmp_path / "backbone.safetensors")
+            expected[str(tmp_path / kind)] = truth
+            continue
+        if kind != "full":
+            stands_on = base
+            if kind.startswith("q"):
+                stands_on = str(tmp_path / "rounded")
+                rounded = load_policy_4bit(base, precision="float32", device=CPU)
+                save_model(written_out(rounded), tokenizer, tmp_path / "rounded")
+                model = on_written_out(model).eval()
+            save_adapter(copy.deepcopy(model), tokenizer, tmp_path / f"{kind}-adapter", stands_on)
+            expected[str(tmp_path / f"{kind}-adapter")] = truth
+        save_model(model, tokenizer, tmp_path / kind)
+        expected[str(tmp_path / kind)] = truth
+    assert len(expected) == 2 * len(KINDS) - 2
+    shared = Classifiers()
+    for folder in [*expected, *reversed(expected)]:
+        found = rewards(shared.load(folder))
+        torch.testing.assert_close(found, expected[folder], atol=2e-4, rtol=1e-3, msg=folder)
+        assert torch.equal(found, rewards(Classifiers().load(folder))), folder
 
 
 def test_another_base_takes_the_place_of_the_first(members, tmp_path):

@@ -111,11 +111,11 @@ def test_metrics_and_evaluation_count_weights(tmp_path):
         assert found[prefix + "accuracy"] == pytest.approx(np.mean(np.array(margins) > 0))
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_training_lowers_the_loss(lora, tmp_path):
+@pytest.mark.parametrize("kind", ["full", "lora", "dora"])
+def test_training_lowers_the_loss(kind, tmp_path):
     model = classifier()
-    if lora:
-        model = add_lora(model, rank=4, task="SEQ_CLS")
+    if kind != "full":
+        model = add_lora(model, rank=4, use_dora=kind == "dora", task="SEQ_CLS")
     args = arguments(tmp_path, max_steps=12, learning_rate=5e-3, lr_scheduler_type="constant")
     trainer = RewardTrainer(model, args, examples=EXAMPLES)
     trainer.train()
@@ -179,11 +179,11 @@ def test_saved_members_give_the_same_rewards_in_another_process(tmp_path):
     causal = tiny("llama", num_hidden_layers=2)
     causal.save_pretrained(tmp_path / "base")
     expected, folders = {}, {}
-    for kind in ("full", "lora", "head"):
+    for kind in ("full", "lora", "dora", "head"):
         model = new_classifier(str(tmp_path / "base"), distinct_pad_id(tokenizer, [2, 5]))
-        if kind == "lora":
+        if kind in ("lora", "dora"):
             transformers.set_seed(0)
-            model = add_lora(model, rank=4, task="SEQ_CLS")
+            model = add_lora(model, rank=4, use_dora=kind == "dora", task="SEQ_CLS")
         folders[kind] = folder = tmp_path / kind
         if kind == "head":
             with torch.no_grad():
@@ -235,14 +235,15 @@ with torch.no_grad():
 """
 
 
-def test_a_saved_adapter_gives_the_same_rewards(tmp_path):
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_saved_adapter_gives_the_same_rewards(use_dora, tmp_path):
     """To prefdistill from a folder that was moved, and to PEFT alone in another process."""
     tokenizer = letters_tokenizer()
     tiny("llama", num_hidden_layers=2, pad_token_id=2).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     transformers.set_seed(0)
     pad = distinct_pad_id(tokenizer, [2, 5])
-    model = add_lora(new_classifier(str(tmp_path / "base"), pad), rank=4, task="SEQ_CLS")
+    model = add_lora(new_classifier(str(tmp_path / "base"), pad), rank=4, use_dora=use_dora, task="SEQ_CLS")
     RewardTrainer(model, arguments(tmp_path / "work", max_steps=4, learning_rate=1e-2), examples=EXAMPLES).train()
     scale_head(model, 2.5)
     model.eval()

@@ -240,6 +240,7 @@ class RunConfig:
                 raise ConfigError(
                     f"distill.training_arguments has {name!r}, which transformers.TrainingArguments does not know"
                 )
+        self._check_adapters()
         if self.reward.hold == "head" and self.reward.models:
             raise ConfigError("reward.models needs hold: lora or full; heads stand on the reference's features")
         if self.reward.adapters and self.reward.hold != "lora":
@@ -266,6 +267,35 @@ class RunConfig:
                     f"{method}: the hull's weights need rewards of the reference's samples, which the data does not "
                     "give; train members, or name reward models in reward.pretrained"
                 )
+
+    def _check_adapters(self) -> None:
+        for section in ("sft", "distill", "reward"):
+            options = getattr(self, section)
+            if section == "reward":
+                lora, remedy = options.hold == "lora", "set reward.hold: lora"
+            else:
+                lora, remedy = options.lora_rank > 0, f"set {section}.lora_rank, to 16 say"
+            if options.use_dora and not lora:
+                raise ConfigError(f"{section}.use_dora is a way of training an adapter; {remedy}, or leave it off")
+            if options.load_in_4bit and not lora:
+                raise ConfigError(
+                    f"{section}.load_in_4bit needs an adapter, since 4-bit weights cannot be trained; {remedy}, or "
+                    "leave it off"
+                )
+
+    def in_4bit(self) -> list[str]:
+        """The options of this run that ask for 4-bit weights."""
+        wanted = [("sft.load_in_4bit", self.sft.enabled and self.sft.load_in_4bit)]
+        members = self.reward.members if self.needs_rewards else 0
+        trains = members > 0 or self.evaluate.judge == "heldout"
+        wanted.append(("reward.load_in_4bit", trains and self.reward.load_in_4bit))
+        wanted.append(("distill.load_in_4bit", self.policies_in_4bit))
+        return [name for name, asked in wanted if asked]
+
+    @property
+    def policies_in_4bit(self) -> bool:
+        """Whether some policy is trained as an adapter on the rounded reference."""
+        return any(self.distill.of(m).load_in_4bit for m in self.methods)
 
     def as_yaml(self) -> str:
         return yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)
@@ -310,6 +340,7 @@ def _is_number(value: Any) -> bool:
 # What the types of DistillOptions let in.
 _FITS: dict[str, Callable[[Any], bool]] = {
     "str": lambda v: isinstance(v, str),
+    "bool": lambda v: isinstance(v, bool),
     "int": _is_whole,
     "float": _is_number,
     "float | None": lambda v: v is None or _is_number(v),

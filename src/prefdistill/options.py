@@ -64,6 +64,8 @@ class SFTOptions:
         learning_rate: null: 2e-4 with LoRA, 2e-5 without.
         batch_prompts: prompts a step.
         lora_rank: 0 trains all weights.
+        use_dora: DoRA in place of LoRA: directions and magnitudes of the weights apart.
+        load_in_4bit: the adapter on a base rounded to NF4 (QLoRA, by bitsandbytes); the start stands on these weights.
     """
 
     enabled: bool = False
@@ -72,6 +74,8 @@ class SFTOptions:
     learning_rate: float | None = None
     batch_prompts: int = 8
     lora_rank: int = 16
+    use_dora: bool = False
+    load_in_4bit: bool = False
 
 
 @dataclass
@@ -107,6 +111,8 @@ class RewardOptions:
         learning_rate: null: 2e-4 with lora, 1e-5 with full.
         batch_prompts: prompts a step.
         lora_rank: rank of lora members.
+        use_dora: DoRA in place of LoRA, for lora members.
+        load_in_4bit: lora members on a base rounded to NF4 (QLoRA, by bitsandbytes); saved on these weights in float32.
         adapters: save lora members as PEFT adapters with their heads, a few megabytes each on one base, instead of
             whole models.
         l2: penalty of heads (null: by cross-validation over prompts).
@@ -124,6 +130,8 @@ class RewardOptions:
     learning_rate: float | None = None
     batch_prompts: int = 8
     lora_rank: int = 16
+    use_dora: bool = False
+    load_in_4bit: bool = False
     adapters: bool = False
     l2: float | None = None
 
@@ -162,6 +170,9 @@ class DistillOptions:
         learning_rate: null: 1e-4 with LoRA, 1e-5 without.
         batch_prompts: prompts a step, each with all its responses.
         lora_rank: 0 trains all weights.
+        use_dora: DoRA in place of LoRA.
+        load_in_4bit: the adapter on the reference rounded to NF4 (QLoRA, by bitsandbytes): an eighth of the memory of
+            its weights. Training measures against the rounded reference, the report against the true one.
         warmup_fraction: share of the steps in which the learning rate rises.
         logging_steps: steps between lines of the history.
         save_steps: steps between checkpoints, from which a stopped run goes on.
@@ -186,6 +197,8 @@ class DistillOptions:
     learning_rate: float | None = None
     batch_prompts: int = 4
     lora_rank: int = 16
+    use_dora: bool = False
+    load_in_4bit: bool = False
     warmup_fraction: float = 0.1
     logging_steps: int = 5
     save_steps: int = 50

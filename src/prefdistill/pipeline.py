@@ -19,6 +19,7 @@ from prefdistill.lock import HOLDER, LOCK, held
 from prefdistill.manifest import Manifest, StageRecord, file_fingerprint, fingerprint_of
 from prefdistill.models.loading import check_classifier, load_config, reads_text_pairs
 from prefdistill.models.precision import forward_seconds
+from prefdistill.models.quantise import check_4bit
 from prefdistill.progress import on_terminal, silent
 from prefdistill.scoring import model_fingerprint
 from prefdistill.stages import distill, draw, evaluate, members, prepare, report
@@ -71,6 +72,8 @@ def run(config: RunConfig, *, until: str | None = None) -> Path:
         _check_batches(config)
         ranks.from_main(_check_output, config)
         job = Run(config, progress=on_terminal if ranks.is_main() else silent)
+        for option in config.in_4bit():
+            check_4bit(option, job.device)
         # Bad data or a model that is not there must stop the run before its directory exists.
         _check_models(job)
         pairs, bad = prepare.read_pairs(job)
@@ -177,9 +180,9 @@ def plan(job: Run, manifest: Manifest, make_data: Callable[[], Outcome], source:
         Stage(
             "reference",
             "log-probs of every response under the reference, once",
-            [model, common, members.uses_features(job), config.score.columns],
+            [model, common, members.uses_features(job), config.score.columns, *(["nf4"] * config.policies_in_4bit)],
             tuple(base),
-            1.5,
+            1.5 * (1 + config.policies_in_4bit),
             lambda _: members.make_reference(job),
         )
     )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import logging
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from torch import nn
 from prefdistill.atomic import fresh_file, fresh_folder
 from prefdistill.errors import ConfigError
 from prefdistill.models.backbone import backbone_of
+from prefdistill.models.merging import merged
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +49,11 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
         raise ConfigError(not_loaded("tokenizer", name, error)) from error
 
 
-def load_policy(name: str, *, trust_remote_code: bool = False) -> nn.Module:
+def load_policy(name: str, *, trust_remote_code: bool = False, **arguments: Any) -> nn.Module:
     """A causal language model in float32 by folder (a PEFT adapter's is merged), hub id, or the embedded name.
+
+    Args:
+        arguments: more of transformers' from_pretrained, for an ordinary folder or hub id.
 
     Raises:
         ConfigError: it cannot be found or is no causal language model.
@@ -63,11 +70,36 @@ def load_policy(name: str, *, trust_remote_code: bool = False) -> nn.Module:
         return AutoPeftModelForCausalLM.from_pretrained(name, dtype=torch.float32).merge_and_unload()
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
+            name, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True, **arguments
         )
     except UNREADABLE as error:
         raise ConfigError(not_loaded("model", name, error)) from error
     return model
+
+
+@contextlib.contextmanager
+def plain_folder(policy: str | nn.Module, *, trust_remote_code: bool = False) -> Iterator[str]:
+    """A folder or hub id of a policy that others than us can read, while the block lasts.
+
+    What is put together here (an adapter on its base, the embedded model) and what is in memory lies in a temporary
+    folder, in float32.
+
+    Raises:
+        ConfigError: as `load_policy`.
+    """
+    if isinstance(policy, str) and not is_put_together(policy):
+        yield policy
+        return
+    with tempfile.TemporaryDirectory(prefix="prefdistill-") as folder:
+        model: Any = load_policy(policy, trust_remote_code=trust_remote_code) if isinstance(policy, str) else policy
+        model.save_pretrained(folder)
+        del model, policy
+        yield folder
+
+
+def is_put_together(name: str) -> bool:
+    """Whether a model's weights are put together from parts: an adapter and its base, or the embedded ones."""
+    return is_adapter(name) or name in (EMBEDDED_MODEL, EMBEDDED_POLICY)
 
 
 def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
@@ -230,14 +262,27 @@ def _load_embedded() -> nn.Module:
     return model
 
 
-def add_lora(model: nn.Module, *, rank: int, alpha: float | None = None, dropout: float = 0.0, task: str) -> nn.Module:
-    """A PEFT LoRA model over all linear layers; `task` is CAUSAL_LM or SEQ_CLS (whose head is trained and saved)."""
+def add_lora(
+    model: nn.Module,
+    *,
+    rank: int,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    use_dora: bool = False,
+    task: str,
+) -> nn.Module:
+    """A PEFT LoRA or DoRA model over all linear layers, 4-bit ones too.
+
+    Args:
+        task: CAUSAL_LM or SEQ_CLS (whose head is trained and saved).
+    """
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,
         lora_dropout=dropout,
+        use_dora=use_dora,
         target_modules="all-linear",
         exclude_modules=["score"] if task == "SEQ_CLS" else None,
         modules_to_save=["score"] if task == "SEQ_CLS" else None,
@@ -247,28 +292,35 @@ def add_lora(model: nn.Module, *, rank: int, alpha: float | None = None, dropout
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Writes an ordinary, loadable model folder (adapters merged), whole or not at all."""
-    merged: Any = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    """Writes an ordinary, loadable model folder (adapters merged, 4-bit weights in float32), whole or not at all."""
+    plain = merged(model)
     with fresh_folder(folder) as beside:
-        merged.save_pretrained(beside)
+        plain.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
 
 
 def save_adapter(model: Any, tokenizer: Any, folder: Path, base: str) -> None:
-    """Writes a PEFT model's adapter and trained head, whole or not at all; it loads on `base`, a folder or hub id."""
+    """Writes a PEFT model's adapter and trained head, whole or not at all.
+
+    Args:
+        base: the folder or hub id that it loads on; of one with 4-bit weights, a folder of these written out.
+    """
     model.peft_config["default"].base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
     with fresh_folder(folder) as beside:
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
 
 
-def new_classifier(base: str, pad_id: int | None, *, trust_remote_code: bool = False) -> nn.Module:
+def new_classifier(base: str, pad_id: int | None, *, trust_remote_code: bool = False, **arguments: Any) -> nn.Module:
     """A sequence classifier with one label on a language model's weights; its head starts at zero reward.
+
+    Args:
+        arguments: more of transformers' from_pretrained, for an ordinary folder or hub id.
 
     Raises:
         ConfigError: the base cannot be loaded, or transformers has no classifier with a `score` head for its family.
     """
-    if is_adapter(base) or base in (EMBEDDED_MODEL, EMBEDDED_POLICY):
+    if is_put_together(base):
         # Their weights are put together from parts: the backbone of the policy goes into a fresh classifier.
         policy: Any = load_policy(base, trust_remote_code=trust_remote_code)
         config = type(policy.config).from_dict({**policy.config.to_dict(), "num_labels": 1})
@@ -283,6 +335,7 @@ def new_classifier(base: str, pad_id: int | None, *, trust_remote_code: bool = F
                 dtype=torch.float32,
                 trust_remote_code=trust_remote_code,
                 use_safetensors=True,
+                **arguments,
             )
         except UNREADABLE as error:
             raise ConfigError(not_loaded("base of a reward model", base, error)) from error

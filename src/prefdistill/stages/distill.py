@@ -14,7 +14,9 @@ from prefdistill import ranks
 from prefdistill.atomic import write_json
 from prefdistill.data.table import PromptGroup
 from prefdistill.errors import ConfigError
-from prefdistill.models.loading import add_lora, save_model
+from prefdistill.models.loading import save_model
+from prefdistill.models.merging import merged
+from prefdistill.stages.bases import new_policy, rounded_reference_column
 from prefdistill.stages.members import member_rewards, reference_columns
 from prefdistill.stages.run import Run
 from prefdistill.stages.select import KeepWeights, best_checkpoint, kept_file, kept_steps, put_weights
@@ -23,10 +25,17 @@ from prefdistill.training.distill import DistillConfig, DistillExample, DistillT
 from prefdistill.training.pessimism import promises
 
 
-def examples_of(run: Run, *splits: str, rewards: bool, members: Sequence[int] | None = None) -> list[DistillExample]:
-    """Trees of these splits with their reference and reward columns, of all members or of these."""
+def examples_of(
+    run: Run, *splits: str, rewards: bool, members: Sequence[int] | None = None, in_4bit: bool = False
+) -> list[DistillExample]:
+    """Trees of these splits with their reference and reward columns, of all members or of these.
+
+    Args:
+        in_4bit: the policy will be an adapter on the rounded reference, against which it is measured then (of the split
+            train only).
+    """
     groups = run.groups
-    logps = reference_columns(run)["logps"]
+    logps = rounded_reference_column(run) if in_4bit else reference_columns(run)["logps"]
     scores = member_rewards(run, groups) if rewards else []
     if members is not None:
         if max(members) >= len(scores):
@@ -57,13 +66,6 @@ def _from_reference(run: Run, group: PromptGroup) -> list[int]:
     if sampled or not run.config.dataset.drawn_from_reference:
         return sampled
     return list(range(len(group.responses)))
-
-
-def start_of(run: Run, method: str) -> Any:
-    """The reference as a method's training starts from it."""
-    policy: Any = run.load_reference()
-    lora_rank = run.config.distill.of(method).lora_rank
-    return add_lora(policy, rank=lora_rank, task="CAUSAL_LM") if lora_rank > 0 else policy
 
 
 def arguments_of(run: Run, method: str, work: Path, policy: Any, examples: Sequence[DistillExample]) -> DistillConfig:
@@ -99,9 +101,9 @@ def _select(run: Run, method: str, work: Path, steps: int) -> dict[str, Any]:
     options = run.config.distill.of(method)
 
     def policy_at(file: Path) -> Any:
-        policy = start_of(run, method)
+        policy = new_policy(run, options)
         put_weights(policy, file)
-        return policy.merge_and_unload() if options.lora_rank > 0 else policy
+        return merged(policy)
 
     return best_checkpoint(run, method, work, kept_steps(steps, options.checkpoints), policy_at)
 
@@ -111,9 +113,10 @@ def train_policy(run: Run, method: str, fingerprint: str) -> tuple[list[Path], s
     folder = run.policy_path(method)
     work = run.work_path(f"distill-{method}", fingerprint)
     needs = run.config.row(method).needs_rewards
-    examples = examples_of(run, "train", rewards=needs, members=options.members if needs else None)
+    own = options.members if needs else None
+    examples = examples_of(run, "train", rewards=needs, members=own, in_4bit=options.load_in_4bit)
     transformers.set_seed(run.config.seed)
-    policy = start_of(run, method)
+    policy = new_policy(run, options)
     arguments = arguments_of(run, method, work, policy, examples)
     callbacks = [KeepWeights(work, options.checkpoints)] if options.checkpoints > 1 else []
     trainer = DistillTrainer(policy, arguments, examples=examples, callbacks=callbacks)

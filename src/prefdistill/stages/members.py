@@ -23,12 +23,12 @@ from prefdistill.data.tree import Tree
 from prefdistill.errors import ConfigError
 from prefdistill.models.adapters import Classifiers
 from prefdistill.models.loading import (
-    add_lora,
     new_classifier,
     save_adapter,
     save_head,
     save_model,
 )
+from prefdistill.models.merging import on_written_out
 from prefdistill.scoring import (
     Column,
     fill_columns,
@@ -38,6 +38,7 @@ from prefdistill.scoring import (
     rewards_forward,
 )
 from prefdistill.seals import is_whole, seal
+from prefdistill.stages.bases import fill_rounded_reference, new_member, rounded_base, rounded_reference_column
 from prefdistill.stages.encoders import encoder_of, member_trees, training_facts
 from prefdistill.stages.run import Run
 from prefdistill.training.checkpoints import train_to_end
@@ -109,7 +110,13 @@ def make_reference(run: Run) -> tuple[list[Path], str]:
     columns, computed = fill_reference(run, trees)
     total = sum(len(t.responses) for t in trees)
     what = "log-probs and features" if "features" in columns else "log-probs"
-    return _files(columns.values()), f"reference {what} of {total} responses, {total - computed} found from before"
+    said = f"reference {what} of {total} responses, {total - computed} found from before"
+    outputs = _files(columns.values())
+    if run.config.policies_in_4bit:
+        trained = [g.tree for g in in_split(run.groups, "train")]
+        said += "; " + fill_rounded_reference(run, trained, columns["logps"])
+        outputs += _files([rounded_reference_column(run)])
+    return outputs, said
 
 
 def _files(columns: Any) -> list[Path]:
@@ -145,7 +152,7 @@ def make_members(run: Run, fingerprint: str) -> tuple[list[Path], str]:
             ranks.from_main(_finish, folder, {**record, "resample": how, "fingerprint": fingerprint})
         facts.append(read_json(done))
     scales = ", ".join(f"{f['scale']:.2f}" for f in facts)
-    return [run.member_path(k) for k in range(options.members)], (
+    return [*(run.member_path(k) for k in range(options.members)), *_own_bases(run, facts)], (
         f"{options.members} members; margins times {scales} are log-odds on held-out pairs"
     )
 
@@ -158,6 +165,11 @@ def _is_finished(folder: Path, fingerprint: str) -> bool:
 def _finish(folder: Path, facts: dict[str, Any]) -> None:
     write_json(folder / "training.json", facts)
     seal(folder)
+
+
+def _own_bases(run: Run, facts: Sequence[dict[str, Any]]) -> list[Path]:
+    """Folders that members stand on and that were written for them; one that is damaged is written again."""
+    return [rounded_base(run, base) for base in dict.fromkeys(f["base"] for f in facts if "stands_on" in f)]
 
 
 def seed_of(seed: int, k: int) -> int:
@@ -179,7 +191,8 @@ def make_judge(run: Run, fingerprint: str) -> tuple[list[Path], str]:
         seed=seed_of(run.config.seed, JUDGE),
     )
     ranks.from_main(write_json, run.judge_path / "training.json", record)
-    return [run.judge_path], f"held-out judge from {record['pairs']} pairs over {len(groups)} prompts"
+    outputs = [run.judge_path, *_own_bases(run, [record])]
+    return outputs, f"held-out judge from {record['pairs']} pairs over {len(groups)} prompts"
 
 
 def train_member(
@@ -219,14 +232,18 @@ def train_member(
     scale_head(model, scale)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.pad_token_id)
 
-    def finish() -> None:
-        if options.adapters:
+    def finish() -> dict[str, Any]:
+        stands_on = rounded_base(run, base) if options.adapters and options.load_in_4bit else None
+        if stands_on is not None:
+            save_adapter(on_written_out(model), tokenizer, folder, str(stands_on))
+        elif options.adapters:
             save_adapter(model, tokenizer, folder, base)
         else:
             save_model(model, tokenizer, folder)
         shutil.rmtree(work, ignore_errors=True)
+        return {} if stands_on is None else {"stands_on": stands_on.name}
 
-    ranks.from_main(finish)
+    facts |= ranks.from_main(finish)
     return {**facts, "scale": scale}
 
 
@@ -284,10 +301,7 @@ def _train_model(
     pad = distinct_pad_id(encoder.tokenizer, encoder.end_ids)
     pad = int(encoder.tokenizer.eos_token_id) if pad is None else pad
     transformers.set_seed(seed)
-    model: Any = new_classifier(base, pad, trust_remote_code=run.config.trust_remote_code)
-    lora = options.hold == "lora"
-    if lora:
-        model = add_lora(model, rank=options.lora_rank, task="SEQ_CLS")
+    model = new_member(run, base, pad)
     counts = iter(weights.tolist())
     examples = [
         RewardExample(tree, tuple(g.pairs), tuple(itertools.islice(counts, len(g.pairs))), g.name)
@@ -300,7 +314,7 @@ def _train_model(
             [e.tree for e in examples],
             num_train_epochs=options.epochs,
             per_device_train_batch_size=options.batch_prompts,
-            learning_rate=options.learning_rate or (2e-4 if lora else 1e-5),
+            learning_rate=options.learning_rate or (2e-4 if options.hold == "lora" else 1e-5),
             warmup_steps=5,
             logging_steps=5,
             save_steps=50,

@@ -32,6 +32,7 @@ from prefdistill.data.tree import Tree
 from prefdistill.errors import DataError
 from prefdistill.evaluation.sampling import SamplingOptions
 from prefdistill.models.loading import add_lora, load_policy, save_model
+from prefdistill.models.quantise import load_policy_4bit
 from prefdistill.stages.draw import sample_in_parts
 from prefdistill.stages.run import Run
 from prefdistill.training.checkpoints import train_to_end
@@ -144,16 +145,21 @@ def _at_most(groups: list[PromptGroup], bounds: dict[str, int | None]) -> list[P
 
 def make_start(run: Run, fingerprint: str) -> tuple[list[Path], str]:
     """start/: pi_ref as an ordinary folder, after the supervised start where one is asked for."""
-    model = load_policy(run.config.model, trust_remote_code=run.config.trust_remote_code)
-    options = run.config.sft
+    options, name, trust = run.config.sft, run.config.model, run.config.trust_remote_code
     if not options.enabled:
-        ranks.from_main(save_model, model, run.tokenizer, run.start_path)
+        policy = load_policy(name, trust_remote_code=trust)
+        ranks.from_main(save_model, policy, run.tokenizer, run.start_path)
         return [run.start_path], "the starting policy, which is the reference"
     folder = run.work_path("start", fingerprint)
     trees, too_long = _demonstrations(run)
     lora = options.lora_rank > 0
+    if options.load_in_4bit:
+        policy = load_policy_4bit(name, precision=run.precision, device=run.device, trust_remote_code=trust)
+    else:
+        policy = load_policy(name, trust_remote_code=trust)
     transformers.set_seed(run.config.seed)
-    policy = add_lora(model, rank=options.lora_rank, task="CAUSAL_LM") if lora else model
+    if lora:
+        policy = add_lora(policy, rank=options.lora_rank, use_dora=options.use_dora, task="CAUSAL_LM")
     arguments = transformers.TrainingArguments(
         **run.training_arguments(
             folder,

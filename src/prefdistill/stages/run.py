@@ -30,6 +30,7 @@ from prefdistill.models.loading import (
 )
 from prefdistill.models.memory import needs_checkpointing
 from prefdistill.models.precision import choose_precision
+from prefdistill.models.quantise import load_policy_4bit
 from prefdistill.progress import Progress, on_terminal
 from prefdistill.scoring import Column
 from prefdistill.training.trackers import track_in
@@ -164,9 +165,14 @@ class Run:
     def device(self) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def load_reference(self) -> torch.nn.Module:
-        model = load_policy(self.reference, trust_remote_code=self.config.trust_remote_code)
-        return model.to(self.device)
+    def load_reference(self, *, in_4bit: bool = False) -> torch.nn.Module:
+        """pi_ref on the run's device, in float32 or, to put an adapter on, with its linear layers in 4 bits."""
+        trust = self.config.trust_remote_code
+        if in_4bit:
+            return load_policy_4bit(
+                self.reference, precision=self.precision, device=self.device, trust_remote_code=trust
+            )
+        return load_policy(self.reference, trust_remote_code=trust).to(self.device)
 
     def classifiers(self) -> Classifiers:
         """A loader of reward models on the run's device; adapters that it loads share their base."""
