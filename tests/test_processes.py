@@ -185,6 +185,7 @@ def test_what_a_launch_cannot_do_is_said(data, model_folder, tmp_path, monkeypat
     assert cli.main(["sweep", "--help"]) == 2
     assert "sweep works in one process" in capsys.readouterr().err
     monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.setattr(ranks, "count", lambda: 3)
     with pytest.raises(ConfigError, match=r"distill.batch_prompts of dpo is 4.*3 processes"):
         pipeline._check_batches(

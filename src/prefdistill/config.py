@@ -132,6 +132,7 @@ class RunConfig:
             ("gradient_checkpointing", self.gradient_checkpointing, ("auto", "always", "never")),
             ("dataset.on_bad_row", self.dataset.on_bad_row, ("stop", "drop")),
             ("dataset.both_orders", self.dataset.both_orders, ("stop", "keep")),
+            ("sample.engine", self.sample.engine, ("own", "vllm")),
             ("reward.hold", self.reward.hold, ("head", "lora", "full")),
             ("reward.resample", self.reward.resample, RESAMPLES),
             ("distill.pessimism", self.distill.pessimism, ("pair", "batch", "hull", "hull-per-prompt")),
@@ -241,6 +242,8 @@ class RunConfig:
                     f"distill.training_arguments has {name!r}, which transformers.TrainingArguments does not know"
                 )
         self._check_adapters()
+        if self.sample.engine_arguments and self.sample.engine == "own":
+            raise ConfigError("sample.engine_arguments are vllm.LLM's; set sample.engine: vllm, or leave them out")
         if self.reward.hold == "head" and self.reward.models:
             raise ConfigError("reward.models needs hold: lora or full; heads stand on the reference's features")
         if self.reward.adapters and self.reward.hold != "lora":

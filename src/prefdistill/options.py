@@ -80,17 +80,21 @@ class SFTOptions:
 
 @dataclass
 class SampleOptions:
-    """Responses sampled from the starting policy, which is the reference, for training prompts.
+    """Responses sampled from the starting policy, which is the reference, for training prompts; what samples in a run.
 
     Attributes:
         reference_per_prompt: how many; they are scored, joined to the trees as unlabelled responses (all pairs of a
             prompt's responses are distilled), and are what forward KL is estimated on. null: 2 where a method with a
             forward-KL term is asked for and the data's own responses are not drawn from the reference, else 0.
         max_new_tokens: bound on their length (at most dataset.max_response_tokens).
+        engine: what samples, here, in the evaluation and in the choice of a checkpoint: own, or vllm (for GPUs).
+        engine_arguments: more arguments of vllm.LLM, by name, e.g. {tensor_parallel_size: 2}.
     """
 
     reference_per_prompt: int | None = None
     max_new_tokens: int = 128
+    engine: str = "own"
+    engine_arguments: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

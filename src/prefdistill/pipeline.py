@@ -14,6 +14,7 @@ from prefdistill import ranks
 from prefdistill.config import RunConfig
 from prefdistill.data.table import TABLE_FORMAT, PromptGroup, in_split
 from prefdistill.errors import ConfigError
+from prefdistill.evaluation.engine import check_vllm
 from prefdistill.evaluation.judges import is_oracle, load_oracle, oracle_fingerprint
 from prefdistill.lock import HOLDER, LOCK, held
 from prefdistill.manifest import Manifest, StageRecord, file_fingerprint, fingerprint_of
@@ -72,6 +73,13 @@ def run(config: RunConfig, *, until: str | None = None) -> Path:
         _check_batches(config)
         ranks.from_main(_check_output, config)
         job = Run(config, progress=on_terminal if ranks.is_main() else silent)
+        if config.sample.engine == "vllm":
+            check_vllm("sample.engine", [config.evaluate.temperature])
+            if ranks.count() > 1:
+                raise ConfigError(
+                    "sample.engine: vllm has processes of its own; set sample.engine: own for a run in several, or run "
+                    "it in one with sample.engine_arguments: {tensor_parallel_size: N}"
+                )
         for option in config.in_4bit():
             check_4bit(option, job.device)
         # Bad data or a model that is not there must stop the run before its directory exists.
@@ -169,7 +177,7 @@ def plan(job: Run, manifest: Manifest, make_data: Callable[[], Outcome], source:
             Stage(
                 "sample",
                 f"{config.reference_samples} responses of the reference for each training prompt",
-                [config.reference_samples, config.sample.max_new_tokens, common, model],
+                [config.reference_samples, config.sample.max_new_tokens, common, model, *_engine(config)],
                 tuple(base),
                 SAMPLE_PASSES,
                 lambda fingerprint: prepare.make_samples(job, fingerprint),
@@ -281,7 +289,12 @@ def _distillation(job: Run, method: str, common: dict[str, Any], judged_by: str)
 def _sampling(config: RunConfig) -> list[Any]:
     """What samples hang on besides the policy and the prompts."""
     e = config.evaluate
-    return [e.samples, e.max_new_tokens, e.temperature, e.top_p]
+    return [e.samples, e.max_new_tokens, e.temperature, e.top_p, *_engine(config)]
+
+
+def _engine(config: RunConfig) -> list[Any]:
+    """What draws: another engine, or one with other arguments, draws other samples."""
+    return [] if config.sample.engine == "own" else [config.sample.engine, config.sample.engine_arguments]
 
 
 def _drawing(job: Run, method: str, common: dict[str, Any]) -> Stage:

@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
 
 from prefdistill import ranks
 from prefdistill.atomic import write_json
 from prefdistill.data.table import PromptGroup, in_split
-from prefdistill.evaluation.sampling import Sample, SamplingOptions, sample
-from prefdistill.models.loading import load_policy
+from prefdistill.evaluation.sampling import Sample, SamplingOptions
 from prefdistill.scoring import Column, model_fingerprint
 from prefdistill.seals import sealed_file, sealed_files
 from prefdistill.stages.run import Run
+from prefdistill.stages.sampler import Sampler, draw_from, sampler
 
 SAMPLE_BUDGET = 6  # times the scoring budget: sampling keeps keys and values, not logits of every position
 
@@ -51,7 +50,7 @@ def from_json(written: Iterable[Mapping[str, Any]]) -> list[Sample]:
 
 def sample_in_parts(
     run: Run,
-    model: nn.Module,
+    model: Sampler,
     groups: Sequence[PromptGroup],
     folder: Path,
     *,
@@ -60,7 +59,7 @@ def sample_in_parts(
     budget: int = SAMPLE_BUDGET,
     progress: Callable[[int], None],
 ) -> list[list[Sample]]:
-    """`sample`, whose batches are kept in a folder as they are drawn, so that a stopped stage goes on after them.
+    """`sampling.sample` or vLLM's, whose batches are kept in a folder as they are drawn: a stopped stage goes on after.
 
     Several processes draw the batches in turn; every one returns all.
 
@@ -79,7 +78,7 @@ def sample_in_parts(
         with sealed_file(folder / f"part-{min(drawn):06d}.json") as part:
             part.write_text(json.dumps({i: as_json(d) for i, d in drawn.items()}), encoding="utf-8")
 
-    drawn = sample(
+    drawn = draw_from(
         model,
         [g.ids for g in groups],
         n=n,
@@ -108,7 +107,6 @@ def draw(run: Run, method: str, fingerprint: str) -> tuple[list[Path], str]:
     options, groups = run.config.evaluate, held_out_groups(run)
     n = options.samples * (2 if method == "reference" else 1)
     honest = options.temperature == 1 and options.top_p == 1
-    model = load_policy(policy_of(run, method), trust_remote_code=run.config.trust_remote_code).to(run.device)
     work = run.work_path(f"evaluate-{method}", fingerprint)
     streams: dict[str, list[list[Sample]]] = {}
     wanted = [("samples", n, options.temperature, options.top_p, run.config.seed)]
@@ -116,7 +114,7 @@ def draw(run: Run, method: str, fingerprint: str) -> tuple[list[Path], str]:
         # KL is that of the policy itself, not of its sharpened self: it gets samples of its own.
         # Of the reference two, so that what a reward asks of it can be told.
         wanted.append(("kl_samples", 2 if method == "reference" else 1, 1.0, 1.0, run.config.seed + 1))
-    with run.progress(len(groups) * len(wanted), "prompts") as tick:
+    with sampler(run, policy_of(run, method)) as model, run.progress(len(groups) * len(wanted), "prompts") as tick:
         for name, count, temperature, top_p, seed in wanted:
             streams[name] = sample_in_parts(
                 run,
@@ -128,7 +126,6 @@ def draw(run: Run, method: str, fingerprint: str) -> tuple[list[Path], str]:
                 options=SamplingOptions(options.max_new_tokens, temperature, top_p, seed),
                 progress=tick,
             )
-    del model
 
     def finish() -> None:
         write_json(samples_path(run, method), {name: [as_json(d) for d in drawn] for name, drawn in streams.items()})

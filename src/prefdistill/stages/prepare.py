@@ -35,6 +35,7 @@ from prefdistill.models.loading import add_lora, load_policy, save_model
 from prefdistill.models.quantise import load_policy_4bit
 from prefdistill.stages.draw import sample_in_parts
 from prefdistill.stages.run import Run
+from prefdistill.stages.sampler import sampler
 from prefdistill.training.checkpoints import train_to_end
 from prefdistill.training.sft import SFTTrainer
 
@@ -216,10 +217,10 @@ def make_samples(run: Run, fingerprint: str) -> tuple[list[Path], str]:
     groups = read_groups(run.groups_path)
     n, train = run.config.reference_samples, [g for g in groups if g.split == "train"]
     bound = min(run.config.sample.max_new_tokens, run.config.dataset.max_response_tokens)
-    with run.progress(len(train), "prompts") as tick:
+    with sampler(run, run.reference) as model, run.progress(len(train), "prompts") as tick:
         drawn = sample_in_parts(
             run,
-            run.load_reference(),
+            model,
             train,
             run.work_path("sample", fingerprint),
             n=n,

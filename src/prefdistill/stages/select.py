@@ -19,6 +19,7 @@ from prefdistill.seals import sealed_file, sealed_files
 from prefdistill.stages.draw import sample_in_parts
 from prefdistill.stages.judge import score_samples
 from prefdistill.stages.run import Run
+from prefdistill.stages.sampler import sampler
 
 VERSION = 1
 
@@ -81,16 +82,20 @@ def best_checkpoint(
     rows: list[dict[str, Any]] = []
     with run.progress(len(groups) * len(steps), "prompts") as tick:
         for step in steps:
-            drawn = sample_in_parts(
-                run,
-                policy_at(kept_file(work, step)),
-                groups,
-                work / f"samples-{step}",
-                n=options.samples,
-                # The same random numbers for all: the same luck for both sides of a comparison.
-                options=SamplingOptions(options.max_new_tokens, options.temperature, options.top_p, run.config.seed),
-                progress=tick,
-            )
+            with sampler(run, policy_at(kept_file(work, step))) as policy:
+                drawn = sample_in_parts(
+                    run,
+                    policy,
+                    groups,
+                    work / f"samples-{step}",
+                    n=options.samples,
+                    # The same random numbers for all: the same luck for both sides of a comparison.
+                    options=SamplingOptions(
+                        options.max_new_tokens, options.temperature, options.top_p, run.config.seed
+                    ),
+                    progress=tick,
+                )
+            del policy  # two of them need not lie in memory
             scores = score_samples(run, groups, drawn, name)
             estimate = statistics.cluster_mean(
                 scores.ravel(), np.repeat(np.arange(len(groups)), scores.shape[1]), seed=run.config.seed
