@@ -243,7 +243,7 @@ def test_a_folder_that_cannot_be_read(tmp_path: Path, files: list[str], message:
     for file in files:
         (tmp_path / file).write_text("{}")
     with pytest.raises(DataError, match=message):
-        read_rows(str(tmp_path))
+        list(read_rows(str(tmp_path)))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@
 | implicit, plain | chosen, rejected: texts; the words they share at their beginning are the prompt |
 | TL;DR comparisons | info, summaries, choice, as published by Stiennon et al. (2020) |
 
+These are also the preference formats of TRL 1.16 (`tests/test_trl_data.py` holds the two together).
+
 Texts pass through exactly; a row that cannot be used stops the reading with a `DataError` that says where, which
 column, what was found and what to do. Nothing is repaired or dropped in silence.
 """
@@ -21,6 +23,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from prefdistill.data.neighbours import RENDER, left_out, no_pairs, only_text
 from prefdistill.data.sources import read_rows
 from prefdistill.data.transcripts import ASSISTANT, hh_seam, is_hh_transcript, turn_seam, word_seam
 from prefdistill.errors import ConfigError, DataError
@@ -134,6 +137,9 @@ def to_pair(row: dict[str, Any], where: str) -> Pair:
         parts = _implicit_parts(*(_text(row[name], name, where) for name in used), where=where)
         columns = ("chosen", "chosen", "rejected")
     _check_parts(parts, columns, where)
+    lost = left_out(row, chat=not isinstance(parts[0], str))
+    if lost is not None:
+        raise _bad(where, *lost)
     extra = {name: value for name, value in row.items() if name not in used}
     if used == _TLDR_COLUMNS and str(extra.get("split", "")).startswith("valid"):
         extra["split"] = "validation"  # published as valid1 and valid2
@@ -153,6 +159,9 @@ def _used_columns(row: dict[str, Any], where: str) -> tuple[str, ...]:
     wanted = _TLDR_COLUMNS if "info" in row and "summaries" in row else ("chosen", "rejected")
     missing = " and ".join(repr(name) for name in wanted if name not in row)
     found = ", ".join(map(repr, row)) or "none"
+    neighbour = no_pairs(row)
+    if neighbour is not None:
+        raise DataError(f"{where}: no column {missing} (columns found: {found}): {neighbour}.")
     raise DataError(
         f"{where}: no column {missing} (columns found: {found}). Rename the columns to one of the accepted shapes: "
         f"{SHAPES}."
@@ -279,13 +288,28 @@ def _text(value: Any, column: str, where: str) -> Text:
 
 def _message(value: Any, index: int, column: str, where: str) -> Message:
     place = f"{column}[{index}]"
+    if isinstance(value, dict) and isinstance(value.get("content"), list):
+        text = only_text(value["content"])
+        if text is None:
+            raise _bad(
+                where,
+                place,
+                "a list under 'content' that is not one text part ({'type': 'text', 'text': ...})",
+                "Join the texts to one, and leave out rows with pictures: the policy reads text alone",
+            )
+        value = value | {"content": text}
     message = {key: _field(value, key, place, where) for key in ("role", "content")}
     if message["role"] not in ROLES:
         raise _bad(where, place, f"the role {message['role']!r}", f"Use one of {', '.join(ROLES)}")
     # Parquet fills the fields that other messages have with nulls; anything else would be lost in silence.
     others = [key for key, field in value.items() if key not in message and field is not None]
     if others:
-        raise _bad(where, place, f"the fields {_names(others)}", "Messages are role and content: remove the others")
+        raise _bad(
+            where,
+            place,
+            f"the fields {_names(others)}",
+            f"Messages are role and content: remove the others, or {RENDER}",
+        )
     return message
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from prefdistill.data.datasets_rows import hub_rows, is_saved, saved_rows
 from prefdistill.errors import DataError
 
 Row = dict[str, Any]
@@ -43,8 +44,10 @@ def read_rows(
 
     Args:
         source: a file (.jsonl, .json, .csv, each also with .gz; .parquet), a folder of such files (read in the order of
-            their names; its subfolders and hidden files are not read), or else the id of a hub data set.
-        split: the split of a hub data set. A local file or folder has no splits: all its rows are read.
+            their names; its subfolders and hidden files are not read), a folder written by datasets' save_to_disk, or
+            else the id of a hub data set.
+        split: the split of a hub data set, or of a saved folder that has several. Other files and folders have no
+            splits: all their rows are read.
         config_name: the configuration of a hub data set, where it has several.
         data_dir: the folder of a hub data set, where it keeps several in one repository.
         on_bad_line: told of each row that its format leaves alone in its fault (where, why), which is then left out: a
@@ -58,12 +61,14 @@ def read_rows(
     path = Path(source).expanduser()
     # Path("") is the current folder, which nobody means by an empty source.
     if source.strip() and path.exists():
+        if is_saved(path):
+            return saved_rows(path, split)
         return _file_after_file(_folder_files(path) if path.is_dir() else [path], on_bad_line or _stop)
     if _looks_like_hub_id(source):
-        return _hub_rows(source, split, config_name, data_dir)
+        return hub_rows(source, split, config_name, data_dir)
     raise DataError(
         f"{source!r}: no such file or folder (looked from {Path.cwd()}). Give a file that ends in one of "
-        f"{_endings()}, a folder of such files, or the id of a hub data set such as 'org/name'."
+        f"{_endings()}, a folder of such files or of save_to_disk, or the id of a hub data set such as 'org/name'."
     )
 
 
@@ -86,11 +91,6 @@ def _reader(path: Path) -> Callable[[Path, OnBad], Rows] | None:
 
 def _folder_files(folder: Path) -> list[Path]:
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    if {"dataset_info.json", "state.json"} <= {path.name for path in files}:
-        raise DataError(
-            f"{folder}: a data set saved by datasets' save_to_disk, in Arrow's own format. "
-            f"Save it with `dataset.to_parquet('pairs.parquet')` and give that file."
-        )
     readable = [path for path in files if _reader(path)]
     if not readable:
         raise DataError(
@@ -287,7 +287,7 @@ def _checked_header(header: list[str], path: Path) -> list[str]:
     return header
 
 
-# --- Parquet and the hub ----------------------------------------------------------------------------------------------
+# --- Parquet ----------------------------------------------------------------------------------------------------------
 
 
 def _parquet_rows(path: Path, on_bad: OnBad) -> Rows:
@@ -305,32 +305,6 @@ def _parquet_rows(path: Path, on_bad: OnBad) -> Rows:
         raise DataError(
             f"{path}: not valid Parquet after row {number} ({error}). Write or fetch the file again."
         ) from error
-
-
-def _hub_rows(source: str, split: str, config_name: str | None, data_dir: str | None) -> Rows:
-    # Imported here: it takes seconds, and local files do not need it.
-    import datasets
-
-    try:
-        dataset = datasets.load_dataset(source, config_name, data_dir=data_dir, split=split)
-    except Exception as error:  # the library raises anything from ValueError to the HTTP client's own errors
-        raise DataError(_hub_message(source, split, config_name, error)) from error
-    empty = True
-    for number, row in enumerate(dataset, 1):
-        empty = False
-        yield f"{source} ({split}), row {number}", row
-    if empty:
-        raise DataError(f"{source} ({split}): no rows in this split of the hub data set. Choose another split.")
-
-
-def _hub_message(source: str, split: str, config_name: str | None, error: Exception) -> str:
-    reason = (str(error).strip().splitlines() or [""])[0]
-    asked = f"split {split!r}" + (f", configuration {config_name!r}" if config_name else "")
-    return (
-        f"{source!r}: no file or folder of this name in {Path.cwd()}, and the hub data set could not be loaded "
-        f"({asked}; {type(error).__name__}: {reason}). Check the name, split and configuration; for a gated data set "
-        f"run `hf auth login`; without a network, download it elsewhere and give the local file or folder."
-    )
 
 
 _READERS: dict[str, Callable[[Path, OnBad], Rows]] = {
