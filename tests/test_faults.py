@@ -177,12 +177,21 @@ def sealed(folder, step, text="{}"):
 def test_a_half_written_checkpoint_is_not_read(tmp_path, caplog):
     for step in (2, 4):
         sealed(tmp_path, step)
-    (sealed(tmp_path, 6) / SEAL).unlink()
-    (sealed(tmp_path, 8) / SEAL).write_text('{"half')
+    for step in (6, 8):
+        (sealed(tmp_path, step) / SEAL).unlink()
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4"]
     assert last_checkpoint(tmp_path / "nothing") is None
     assert not caplog.records, "a stop is no damage"
+
+
+@pytest.mark.parametrize("seal_of", ["", '{"half', "[1]", "{}"])
+def test_a_damaged_seal_is_named(seal_of, tmp_path, caplog):
+    """Seals appear whole, so this one was damaged later."""
+    (sealed(tmp_path, 2) / SEAL).write_text(seal_of)
+    assert last_checkpoint(tmp_path) is None
+    (record,) = caplog.records
+    assert "checkpoint-2 is damaged" in record.getMessage()
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "add"])
@@ -353,6 +362,63 @@ def test_a_flipped_bit_in_a_column_is_computed_again(data, model_folder, tmp_pat
     pipeline.run(config, until="score")
     assert (tmp_path / "run" / "data" / "scored.parquet").read_bytes() == scored
     assert all(any(str(s) in r.getMessage() for r in caplog.records) for s in shards)
+
+
+def test_a_damaged_backbone_that_heads_share_is_written_again(data, model_folder, tmp_path, caplog):  # noqa: F811
+    """It stayed as it was, and heads that were made again were linked to it: its checksum became theirs."""
+    config = small(data, model_folder, tmp_path / "run", methods="[d-dpo]")
+    pipeline.run(config, until="reward")
+    names = [f"member-{k}/model-00001-of-00002.safetensors" for k in range(config.reward.members)]
+    files = [tmp_path / "run" / "reward" / name for name in names]
+    whole = files[0].read_bytes()
+    assert all(f.samefile(files[0]) for f in files)
+    with files[0].open("r+b") as opened:
+        opened.seek(len(whole) // 2)
+        opened.write(bytes([whole[len(whole) // 2] ^ 1]))
+    pipeline.run(config, until="reward")
+    assert all(f.read_bytes() == whole for f in files)
+    assert any("backbone-" in r.getMessage() and "is damaged" in r.getMessage() for r in caplog.records)
+
+
+@pytest.mark.parametrize("change", [('"cost": 0.1', '"cost": 0.3'), ('"version": 1', '"version": 3'), ("{", "[")])
+def test_a_changed_manifest_is_refused(change, data, model_folder, tmp_path):  # noqa: F811
+    """Also where it is JSON still: what it says of a stage would be believed. The remedy computes the run again."""
+    config = small(data, model_folder, tmp_path / "run", methods="[dpo]")
+    pipeline.run(config, until="data")
+    manifest, pairs = tmp_path / "run" / "manifest.json", tmp_path / "run" / "data" / "prompts.parquet"
+    whole = pairs.read_bytes()
+    text = manifest.read_text()
+    assert change[0] in text
+    manifest.write_text(text.replace(*change, 1))
+    with pytest.raises(DataError, match=r"manifest\.json (is broken|has version 3).*remove it to compute"):
+        pipeline.run(config, until="data")
+    manifest.unlink()
+    pipeline.run(config, until="data")
+    assert pairs.read_bytes() == whole
+
+
+def test_a_file_that_is_gone_is_named(data, model_folder, tmp_path, caplog):  # noqa: F811
+    config = small(data, model_folder, tmp_path / "run", methods="[dpo]")
+    pipeline.run(config, until="data")
+    pairs = tmp_path / "run" / "data" / "prompts.parquet"
+    pairs.unlink()
+    (tmp_path / "run" / "config.yaml").unlink()
+    pipeline.run(config, until="data")
+    assert pairs.exists()
+    assert f"{pairs} is gone; data is done again" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "kept", ["", "{}", "[]", '{"precision": "float3"}', '{"precision": {}}', '{"precision": "auto"}']
+)
+def test_a_damaged_precision_is_measured_again(kept, data, model_folder, tmp_path, capsys):  # noqa: F811
+    run = Run(small(data, model_folder, tmp_path / "run", methods="[dpo]", precision="auto"))
+    chosen = run.precision
+    (tmp_path / "run" / "precision.json").write_text(kept)
+    again = Run(run.config)
+    assert again.precision == chosen
+    assert "precision.json is damaged" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run" / "precision.json").read_text()) == {"precision": chosen}
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])

@@ -1,4 +1,7 @@
-"""manifest.json: which stages are done, from which inputs, with which files. Its format stands in docs/files.md."""
+"""manifest.json: which stages are done, from which inputs, with which files. Its format stands in docs/files.md.
+
+It holds a checksum of itself: a number that changed in it is found as one in any other file is.
+"""
 
 from __future__ import annotations
 
@@ -47,22 +50,24 @@ class Manifest:
         if self.path.exists():
             try:
                 read = json.loads(self.path.read_text(encoding="utf-8"))
-                found = {name: StageRecord(**record) for name, record in read["stages"].items()}
-            except (ValueError, KeyError, TypeError) as error:
+                if not isinstance(read, dict):
+                    raise ValueError("no object")
+                if read.get("version") != VERSION:
+                    raise DataError(
+                        f"{self.path} has version {read.get('version')}, this prefdistill reads {VERSION}; use another "
+                        "output_dir, or remove it to compute the run again in this directory"
+                    )
+                self.stages = _stages(read)
+            except (ValueError, RecursionError) as error:
                 raise DataError(
-                    f"{self.path} is broken ({error}); remove it to compute the run again in this directory"
+                    f"{self.path} is broken ({error}); remove it to compute again what cannot be found in this "
+                    "directory"
                 ) from error
-            if read.get("version") != VERSION:
-                raise DataError(
-                    f"{self.path} has version {read.get('version')}, this prefdistill reads {VERSION}; use another "
-                    "output_dir"
-                )
-            self.stages = found
 
     def is_done(self, stage: str, fingerprint: str) -> bool:
         """Whether the stage was done from the same inputs and its files are still those that it wrote, to the byte.
 
-        A file that is damaged is named in the log: the stage has to be done again.
+        A file that is damaged or gone is named in the log: the stage has to be done again.
         """
         record = self.stages.get(stage)
         if record is None or record.fingerprint != fingerprint:
@@ -70,6 +75,7 @@ class Manifest:
         for path, entry in record.outputs.items():
             file = self.root / path
             if not file.is_file():
+                logger.warning("%s is gone; %s is done again", file, stage)
                 return False
             if file.stat().st_size != entry["bytes"] or checksum(file) != entry["blake2b"]:
                 logger.warning("%s is not as it was written; %s is done again", file, stage)
@@ -89,7 +95,26 @@ class Manifest:
 
     def write(self) -> None:
         stages = {name: asdict(record) for name, record in self.stages.items()}
-        write_json(self.path, {"version": VERSION, "stages": stages})
+        write_json(self.path, {"version": VERSION, "stages": stages, "blake2b": fingerprint_of(stages)})
+
+
+def _stages(read: dict[str, Any]) -> dict[str, StageRecord]:
+    """The records of a manifest.
+
+    Raises:
+        ValueError: they are not as they were written.
+    """
+    # Before it held a checksum there were these two alone.
+    if read.keys() != {"version", "stages"} and fingerprint_of(read.get("stages")) != read.get("blake2b"):
+        raise ValueError("its checksum is not that of its stages")
+    try:
+        found = {name: StageRecord(**record) for name, record in read["stages"].items()}
+        for record in found.values():
+            for entry in record.outputs.values():
+                entry["bytes"], entry["blake2b"]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"a stage's record is none: {error}") from error
+    return found
 
 
 def fingerprint_of(*parts: Any) -> str:

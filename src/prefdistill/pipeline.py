@@ -328,7 +328,7 @@ def _check_output(config: RunConfig) -> None:
     if root.exists() and not root.is_dir():
         raise ConfigError(f"output_dir {root} is a file; give a directory")
     ours = {LOCK, HOLDER}
-    if root.is_dir() and any(p.name not in ours for p in root.iterdir()) and not (root / "config.yaml").exists():
+    if root.is_dir() and any(p.name not in ours for p in root.iterdir()) and not _is_run(root):
         raise ConfigError(f"output_dir {root} holds files that are not a run's; give a new or empty directory")
 
 
@@ -343,6 +343,10 @@ def _check_batches(config: RunConfig) -> None:
                 f"{option} is {prompts}; a batch is shared by the {ranks.count()} processes of this launch, so it must "
                 "be a multiple of that"
             )
+
+
+def _is_run(root: Path) -> bool:
+    return any((root / name).exists() for name in ("config.yaml", "manifest.json"))
 
 
 def _check_models(job: Run) -> None:

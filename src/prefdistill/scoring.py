@@ -73,12 +73,15 @@ class Column:
             if not is_as_named(shard):
                 self._stale.append(shard)
                 continue
-            table = pq.read_table(shard)
-            if (table.schema.metadata or {}).get(b"fingerprint", b"").decode() != self.fingerprint:
+            try:
+                found = _read_shard(shard, self.fingerprint)
+            except (pa.ArrowException, LookupError, OSError, TypeError, ValueError) as error:
+                logger.warning("%s is no shard of a column (%s); what it held is computed again", shard, error)
+                found = None
+            if found is None:
                 self._stale.append(shard)
-                continue
-            values = _as_array(table["value"].combine_chunks())
-            self.values.update(zip(table["key"].to_pylist(), values, strict=True))
+            else:
+                self.values.update(found)
 
     @property
     def stale_shards(self) -> int:
@@ -112,6 +115,14 @@ class Column:
                 "removed; take away manifest.json of the run directory to compute what is missing"
             )
         return np.stack([self.values[k] for k in keys])
+
+
+def _read_shard(shard: Path, fingerprint: str) -> dict[str, np.ndarray] | None:
+    """Key -> value of a shard; None if another model's."""
+    table = pq.read_table(shard)
+    if (table.schema.metadata or {}).get(b"fingerprint") != fingerprint.encode():
+        return None
+    return dict(zip(table["key"].to_pylist(), _as_array(table["value"].combine_chunks()), strict=True))
 
 
 def _as_array(values: pa.Array) -> np.ndarray:

@@ -37,14 +37,17 @@ def _checksums(folder: Path) -> dict[str, str]:
 
 def is_whole(folder: Path) -> bool:
     """Whether a folder was sealed and is as it was then; damage is named in the log, a seal that lacks is none."""
+    if not (folder / SEAL).exists():
+        return False  # it was being written when the process was stopped
     try:
         sealed = read_json(folder / SEAL)
-    except (OSError, ValueError):
-        return False  # it was being written when the process was stopped
+    except ValueError:
+        sealed = None  # seals appear whole
     now = _checksums(folder)
     if now == sealed:
         return True
-    broken = sorted(set(sealed.items()) ^ set(now.items()))[0][0]
+    known = sealed if isinstance(sealed, dict) else {}
+    broken = next((name for name in sorted(known.keys() | now.keys()) if known.get(name) != now.get(name)), SEAL)
     logger.warning("%s is damaged (%s is not as it was written); it is not used", folder, broken)
     return False
 

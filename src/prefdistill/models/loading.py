@@ -19,10 +19,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from prefdistill.atomic import fresh_file, fresh_folder
+from prefdistill.atomic import fresh_folder
 from prefdistill.errors import ConfigError
 from prefdistill.models.backbone import backbone_of
 from prefdistill.models.merging import merged
+from prefdistill.seals import sealed_file, sealed_files
 
 logger = logging.getLogger(__name__)
 
@@ -353,20 +354,22 @@ def save_head(model: Any, tokenizer: Any, folder: Path, backbone: Path) -> None:
     one backbone.
 
     Args:
-        backbone: the shared file; written if it is not there.
+        backbone: the shared file, whose name gets its checksum; written if it is not there whole.
     """
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     head = {name: tensor for name, tensor in state.items() if name.startswith("score.")}
     body = {name: tensor for name, tensor in state.items() if name not in head}
-    if not backbone.exists():
-        with fresh_file(backbone) as part:
+    # A damaged one that stayed would be linked to again, however often its heads are made.
+    if not sealed_files(backbone.parent, backbone.stem, backbone.suffix):
+        with sealed_file(backbone) as part:
             save_file(body, part, metadata={"format": "pt"})
+    (shared, *_) = sealed_files(backbone.parent, backbone.stem, backbone.suffix)
     names = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
     with fresh_folder(folder) as beside:
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
-        os.link(backbone, beside / names[0])
+        os.link(shared, beside / names[0])
         save_file(head, beside / names[1], metadata={"format": "pt"})
         index = {
             "metadata": {"total_size": sum(t.numel() * t.element_size() for t in state.values())},

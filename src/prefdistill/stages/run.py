@@ -35,6 +35,8 @@ from prefdistill.progress import Progress, on_terminal
 from prefdistill.scoring import Column
 from prefdistill.training.trackers import track_in
 
+KEPT_PRECISIONS = {name: name for name in ("float32", "bfloat16")}
+
 
 @dataclass
 class Run:
@@ -153,7 +155,10 @@ class Run:
         """
         asked, kept = self.config.precision, self.root / "precision.json"
         if asked == "auto" and kept.exists():
-            return str(json.loads(kept.read_text(encoding="utf-8"))["precision"])
+            try:
+                return KEPT_PRECISIONS[json.loads(kept.read_text(encoding="utf-8"))["precision"]]
+            except (ValueError, LookupError, TypeError):
+                self.say(f"warning: {kept} is damaged; the precision is measured again")
         shape = load_config(self.config.model, trust_remote_code=self.config.trust_remote_code)
         chosen = choose_precision(asked, shape, self.device)
         if asked == "auto":
