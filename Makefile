@@ -8,12 +8,13 @@ TORCH := torch==2.13.0
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 QUICK ?=
 N ?= 50
+SECONDS ?= 600
 # Without a GPU the CPU build spares gigabytes of CUDA: from wherever pip finds it, else from PyTorch's own index.
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 INSTALL_TORCH = $(if $(HAS_GPU),$(PIP) install $(TORCH),$(PIP) install $(TORCH)+cpu 2>/dev/null \
 	|| $(PIP) install $(TORCH)+cpu --index-url https://download.pytorch.org/whl/cpu || $(PIP) install $(TORCH))
 
-.PHONY: help setup setup-dev quickstart quickstart-full test test-slow crash-test fuzz benchmark lint format embedded clean
+.PHONY: help setup setup-dev quickstart quickstart-full test test-slow crash-test flip-test fuzz fuzz-bytes benchmark lint format embedded clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
@@ -52,8 +53,15 @@ test-slow: setup-dev ## the slow proofs: the main job on the real embedded model
 crash-test: setup-dev ## N=50 kills -9 at random instants of a tiny run: all come out bit-identical
 	$(BIN)/python tests/crash/harness.py $(N)
 
+flip-test: setup-dev ## N=200 random damages to files of tiny runs: found, named, computed again or refused
+	$(BIN)/python tests/crash/flips.py $(if $(filter file,$(origin N)),200,$(N))
+
 fuzz: setup-dev ## N=100000 files of mutated rows: no exception but ours, no row silently changed
 	$(BIN)/python tests/fuzz/rows.py $(if $(filter file,$(origin N)),100000,$(N))
+
+fuzz-bytes: setup-dev ## SECONDS=600 of any bytes as every file that is read, guided by coverage (atheris)
+	@$(BIN)/python -c "import atheris" 2>/dev/null || $(PIP) install -e ".[fuzz]"
+	$(BIN)/python tests/fuzz/parsers.py --seconds $(SECONDS)
 
 lint: setup-dev ## ruff and mypy
 	$(BIN)/ruff check .

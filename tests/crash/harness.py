@@ -8,6 +8,7 @@ of the undisturbed one to the byte, and no stage that the manifest called done b
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -51,8 +52,8 @@ RESULT = ("**/*.safetensors", "data/*.parquet", "columns/**/*.parquet", "evaluat
 STAGE = re.compile(r"^\[\d+/\d+\] (\S+): (.*)")
 
 
-def attempt(config: Path, out: Path, log: Path, deadline: float | None) -> bool:
-    """One start of the run in a forked process, killed after `deadline` seconds; whether it came to its end."""
+def start(config: Path, out: Path, log: Path, deadline: float | None, within=contextlib.nullcontext) -> int | None:
+    """The exit status of one start of the run in a forked process; None: it was killed after `deadline` seconds."""
     child = os.fork()
     if child == 0:
         status = 1
@@ -65,21 +66,28 @@ def attempt(config: Path, out: Path, log: Path, deadline: float | None) -> bool:
             from prefdistill.cli import main
 
             torch.set_num_threads(1)
-            status = main(["run", str(config), "--output-dir", str(out)])
+            with within():
+                status = main(["run", str(config), "--output-dir", str(out)])
         finally:
             os._exit(status)
     end = None if deadline is None else time.monotonic() + deadline
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
-            if os.waitstatus_to_exitcode(status) != 0:
-                raise SystemExit(f"a run ended with {status}:\n{log.read_text()[-3000:]}")
-            return True
+            return os.waitstatus_to_exitcode(status)
         if end is not None and time.monotonic() > end:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            return False
+            return None
         time.sleep(0.002)
+
+
+def attempt(config: Path, out: Path, log: Path, deadline: float | None) -> bool:
+    """One start of the run, killed after `deadline` seconds; whether it came to its end."""
+    status = start(config, out, log, deadline)
+    if status:
+        raise SystemExit(f"a run ended with {status}:\n{log.read_text()[-3000:]}")
+    return status is not None
 
 
 def stages_of(log: Path) -> dict[str, str]:
@@ -97,14 +105,14 @@ def differences(whole: dict[str, bytes], other: dict[str, bytes]) -> list[str]:
     return sorted(name for name in whole.keys() | other.keys() if whole.get(name) != other.get(name))
 
 
-def prepare(folder: Path) -> Path:
+def prepare(folder: Path, options: dict | None = None, prompts: int = 40) -> Path:
     """Data, a tiny model and the configuration."""
     from test_pipeline import rows
     from tiny_models import tiny
     from tiny_tokenizers import gpt2
 
     data, model = folder / "pairs.jsonl", folder / "model"
-    data.write_text("".join(json.dumps(r) + "\n" for r in rows(40)), encoding="utf-8")
+    data.write_text("".join(json.dumps(r) + "\n" for r in rows(prompts)), encoding="utf-8")
     tokenizer = gpt2()
     tiny("llama", vocab_size=len(tokenizer), pad_token_id=None, eos_token_id=tokenizer.eos_token_id).save_pretrained(
         model
@@ -112,7 +120,7 @@ def prepare(folder: Path) -> Path:
     tokenizer.save_pretrained(model)
     from prefdistill.cli import parse
 
-    flags = {"data": data, "model": model, "output_dir": folder / "unused", **OPTIONS}
+    flags = {"data": data, "model": model, "output_dir": folder / "unused", **(options or OPTIONS)}
     config = folder / "config.yaml"
     config.write_text(parse("run", [f"--{k}={v}" for k, v in flags.items()]).as_yaml(), encoding="utf-8")
     return config
@@ -122,10 +130,10 @@ def crash(kills: int, seed: int, folder: Path, say=print) -> int:
     """Kills runs until there were so many kills; returns how many kills ended in a result that is not identical."""
     draw = random.Random(seed)
     config, log = prepare(folder), folder / "log"
-    start = time.monotonic()
+    began = time.monotonic()
     out = folder / "run"  # one place for all: results name the members' folders
     attempt(config, out, log, None)
-    length = time.monotonic() - start
+    length = time.monotonic() - began
     whole, planned = result_of(out), list(stages_of(log))
     shutil.rmtree(out)
     say(f"undisturbed: {length:.1f} s, {len(planned)} stages, {len(whole)} files of the result")
