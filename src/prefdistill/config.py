@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,7 @@ class RunConfig:
 
     def check(self) -> None:
         """Raises ConfigError, naming the option, for values that no run can use."""
+        _check_given(self)
         for method, own in self.distill.per_method.items():
             _check_variant(method, own)
         self._check_values()
@@ -307,6 +308,16 @@ class RunConfig:
         from prefdistill.atomic import write_text
 
         write_text(path, self.as_yaml())
+
+
+def _check_given(options: Any, inside: str = "") -> None:
+    """Raises ConfigError for an option that was left blank, which YAML reads as null, where it must have a value."""
+    for option in fields(options):
+        value, name = getattr(options, option.name), inside + option.name
+        if value is None and "None" not in str(option.type):
+            raise ConfigError(f"{name} is null; give it a value, or leave its line out for the usual one")
+        if is_dataclass(value):
+            _check_given(value, f"{name}.")
 
 
 # Names of variants become folders, files and rows of tables.
