@@ -182,7 +182,8 @@ def tree_mask(segments: Tensor, position_ids: Tensor, *, window: int | None = No
     """Which key each query may see: [B, 1, T, T], True = visible.
 
     Args:
-        segments, position_ids: as in TreeBatch, [B, T].
+        segments: [B, T], as in `TreeBatch`.
+        position_ids: [B, T], as in `TreeBatch`.
         window: sliding window in tokens along a path (a key at distance < window is visible); None for full attention.
     """
     query, key = segments[:, :, None], segments[:, None, :]

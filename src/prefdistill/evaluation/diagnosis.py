@@ -67,7 +67,8 @@ def check_run(
             for, on the prompts where members agree) and ``beyond`` ({"share", "reference_share", "member"}:
             samples scored outside the range of the labelled training responses by the member with most of them).
             `reference` is left out.
-        members, ensemble: as `prefdistill.evaluation.rewards.member_figures`, with a name.
+        members: as `prefdistill.evaluation.rewards.member_figures`, with a name.
+        ensemble: the same of the members' mean.
         judge: {"heldout_accuracy", "n_heldout"}.
     """
     out: list[Check] = []

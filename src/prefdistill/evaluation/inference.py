@@ -84,7 +84,8 @@ def mcnemar_test(first: ArrayLike, second: ArrayLike) -> McNemarTest:
     Only prompts that one won and the other did not say anything; under no difference each is a fair coin.
 
     Args:
-        first, second: ``[P]``, one outcome a prompt: true for a win.
+        first: ``[P]``, one outcome a prompt: true for a win.
+        second: ``[P]``, the other method's on the same prompts.
     """
     a, b = np.asarray(first), np.asarray(second)
     for name, outcomes in (("first", a), ("second", b)):

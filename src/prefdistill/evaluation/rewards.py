@@ -37,8 +37,10 @@ def member_figures(
     """Held-out figures of a member.
 
     Args:
-        margins, length_differences: [P] of labelled pairs, chosen less rejected.
-        rewards, lengths: a prompt -> [R], of all responses.
+        margins: [P] of labelled pairs, chosen less rejected.
+        length_differences: [P] of the same pairs, in tokens.
+        rewards: a prompt -> [R], of all responses.
+        lengths: a prompt -> [R], in tokens.
     """
     probabilities, outcomes = calibration.predicted_winner(margins)
     bins = calibration.calibration_bins(probabilities, outcomes, bins=min(10, max(2, len(margins) // 20)))

@@ -1,15 +1,13 @@
 """Estimates with honest error bars: numbers in, an estimate with an interval out.
 
-==================================================  =====================================================
-question                                            function
-==================================================  =====================================================
-what is the mean, and how sure                      `cluster_mean`
-how often does a method beat the reference          `win_rate`
-how far is a policy from another                    `kl_estimate`
-do two methods differ, how many prompts show it     `prefdistill.evaluation.inference`
-what is left at equal length                        `prefdistill.evaluation.length`
-is a reward model right, and how sure               `prefdistill.evaluation.calibration`
-==================================================  =====================================================
+| question                                        | function                             |
+|-------------------------------------------------|--------------------------------------|
+| what is the mean, and how sure                  | `cluster_mean`                       |
+| how often does a method beat the reference      | `win_rate`                           |
+| how far is a policy from another                | `kl_estimate`                        |
+| do two methods differ, how many prompts show it | `prefdistill.evaluation.inference`   |
+| what is left at equal length                    | `prefdistill.evaluation.length`      |
+| is a reward model right, and how sure           | `prefdistill.evaluation.calibration` |
 
 Conventions, the same in every function:
 

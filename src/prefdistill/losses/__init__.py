@@ -1,20 +1,18 @@
 """Preference losses: tensors in, one loss a pair out.
 
-=================  =============================  =========================================================
-objective          function                       loss of one pair
-=================  =============================  =========================================================
-DPO                `dpo`                          -log sigmoid(beta h)
-cDPO               `dpo`, label_smoothing > 0     (1 - e) dpo(h) + e dpo(-h)
-robust DPO         `robust_dpo`                   ((1 - e) dpo(h) - e dpo(-h)) / (1 - 2 e)
-IPO                `ipo`                          (h - 1/(2 tau))^2
-d-DPO              `distilled_dpo`                (r_1 - r_2 - beta h)^2
-e-DPO              `ensemble_dpo`                 min over K members of the member's d-DPO loss
-hull-DPO           `distilled_dpo`                d-DPO towards the mixture sum_k w_k r_k; the caller mixes
-RPO, squared       `rpo_sq`                       (beta h - eta (r_1 - r_2))^2
-RPO, backward KL   `rpo_bwd_kl`                   KL(Bern(sigmoid(eta (r_1 - r_2))) || Bern(sigmoid(beta h)))
-RPO, forward KL    `rpo_fwd_kl`                   KL(Bern(sigmoid(beta h)) || Bern(sigmoid(eta (r_1 - r_2))))
-p-, dp-, e-DPO+KL  the above, and `forward_kl`    loss.mean() + alpha * forward_kl(...).mean()
-=================  =============================  =========================================================
+| objective         | function                    | loss of one pair                                              |
+|-------------------|-----------------------------|---------------------------------------------------------------|
+| DPO               | `dpo`                       | `-log sigmoid(beta h)`                                        |
+| cDPO              | `dpo`, label_smoothing > 0  | `(1 - e) dpo(h) + e dpo(-h)`                                  |
+| robust DPO        | `robust_dpo`                | `((1 - e) dpo(h) - e dpo(-h)) / (1 - 2 e)`                    |
+| IPO               | `ipo`                       | `(h - 1/(2 tau))^2`                                           |
+| d-DPO             | `distilled_dpo`             | `(r_1 - r_2 - beta h)^2`                                      |
+| e-DPO             | `ensemble_dpo`              | min over K members of the member's d-DPO loss                 |
+| hull-DPO          | `distilled_dpo`             | d-DPO towards the mixture `sum_k w_k r_k`; the caller mixes   |
+| RPO, squared      | `rpo_sq`                    | `(beta h - eta (r_1 - r_2))^2`                                |
+| RPO, backward KL  | `rpo_bwd_kl`                | `KL(Bern(sigmoid(eta (r_1 - r_2))) || Bern(sigmoid(beta h)))` |
+| RPO, forward KL   | `rpo_fwd_kl`                | `KL(Bern(sigmoid(beta h)) || Bern(sigmoid(eta (r_1 - r_2))))` |
+| p-, dp-, e-DPO+KL | the above, and `forward_kl` | `loss.mean() + alpha * forward_kl(...).mean()`                |
 
 Conventions, the same in every function:
 

@@ -19,11 +19,13 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class World:
-    """Attributes:
-    reference: [X, Y] log pi_ref, full support.
-    reward: [X, Y] the true reward.
-    members: [K, X, Y] reward models.
-    pairs: [P, 3] (prompt, chosen, rejected).
+    """What is known of a world, all of it exact.
+
+    Attributes:
+        reference: [X, Y] log pi_ref, full support.
+        reward: [X, Y] the true reward.
+        members: [K, X, Y] reward models.
+        pairs: [P, 3] (prompt, chosen, rejected).
     """
 
     reference: Tensor
