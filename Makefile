@@ -14,7 +14,7 @@ HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 INSTALL_TORCH = $(if $(HAS_GPU),$(PIP) install $(TORCH),$(PIP) install $(TORCH)+cpu 2>/dev/null \
 	|| $(PIP) install $(TORCH)+cpu --index-url https://download.pytorch.org/whl/cpu || $(PIP) install $(TORCH))
 
-.PHONY: help setup setup-dev quickstart quickstart-full test test-slow crash-test flip-test fuzz fuzz-bytes benchmark lint format embedded clean
+.PHONY: help setup setup-dev quickstart quickstart-full test test-slow crash-test flip-test fuzz fuzz-bytes benchmark docs lint format embedded clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
@@ -34,7 +34,7 @@ $(VENV)/.ready: pyproject.toml
 	@touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready pyproject.toml
-	@echo "adding what the tests need: pytest, hypothesis, mypy, ruff, TRL"
+	@echo "adding what the tests need: pytest, hypothesis, mypy, ruff, TRL, mkdocs"
 	@$(PIP) install -e ".[dev]"
 	@touch $@
 
@@ -75,8 +75,12 @@ format: setup-dev ## rewrite the sources in ruff's format
 benchmark: setup-dev ## speed against TRL in one run; table in benchmarks/RESULTS.md; takes minutes
 	$(BIN)/python -m benchmarks
 
+docs: setup-dev ## the documentation as a site in site/
+	$(BIN)/python -m mkdocs build
+	@echo "open site/index.html (the search wants a server: $(BIN)/python -m http.server --directory site)"
+
 embedded: setup ## make the embedded pairs and adapter again
 	$(BIN)/python scripts/make_embedded.py
 
 clean: ## remove caches, not .venv and not runs
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/*.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site src/*.egg-info
