@@ -54,6 +54,7 @@ NOT_RUN = {
     "source .venv/bin/activate": "of the shell alone",
     "torchrun --nproc-per-node 2 -m prefdistill run examples/pairs.yaml": "starts processes; test_processes.py does so",
 }
+OF_TORCHRUN = ("--nnodes", "--rdzv-endpoint")
 # Parsed to their end, and stopped where the work would begin.
 STOPPED = {
     "prefdistill experiment length-bias --quick": "runs for half an hour, on the real embedded model",
@@ -225,10 +226,11 @@ def test_commands_and_options_in_the_text_exist(capsys):
         with pytest.raises(SystemExit):
             main([name, "--help"])
         helped[name] = capsys.readouterr().out
-    flags = {*options_of(RunConfig), *SHORT, "--help", "--version"}
+    flags = {*options_of(RunConfig), *SHORT, "--help", "--version"} | {underscored(flag) for flag in OF_TORCHRUN}
     flags |= {underscored(flag) for text in helped.values() for flag in re.findall(r"--[\w-]+", text)}
     sections = [f.name for f in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(f.default_factory)]
-    option = re.compile(rf"({'|'.join(sections)})\.[a-z_]+")
+    option = re.compile(rf"({'|'.join(sections)})\.[a-z0-9_]+")
+    keys = {flag.rpartition(".")[2].lstrip("-") for flag in options_of(RunConfig)}
     for page in PAGES:
         # Fences are run; what stands in the text is held against the lists.
         for code in INLINE.findall(FENCE.sub("", page.read_text(encoding="utf-8"))):
@@ -241,6 +243,8 @@ def test_commands_and_options_in_the_text_exist(capsys):
                         assert underscored(word.partition("=")[0]) in flags, f"{page.name}: {code}"
             if found := option.match(code):
                 assert f"--{found.group()}" in flags, f"{page.name}: {code}"
+            elif found := re.fullmatch(r"([a-z0-9_]+): [\w.-]+", code):
+                assert found.group(1) in keys, f"{page.name}: {code}"
 
 
 def test_every_check_is_explained(place):

@@ -20,7 +20,7 @@ from prefdistill.evaluation import sampling
 from prefdistill.models.backbone import backbone_of
 from prefdistill.models.loading import add_lora, load_policy
 from prefdistill.seals import SEAL, seal
-from prefdistill.stages import members
+from prefdistill.stages import members, rewards
 from prefdistill.stages.run import Run
 from prefdistill.stopping import Terminated, stop_requests
 from prefdistill.training.callbacks import ProgressCallback
@@ -151,7 +151,8 @@ def test_members_read_the_same_tokens_in_training_and_in_scoring(other, data, mo
         seen.append({(t.prompt_ids, t.responses) for t in trees})
         return trees
 
-    monkeypatch.setattr(members, "member_trees", spy)
+    for module in (members, rewards):
+        monkeypatch.setattr(module, "member_trees", spy)
     options = {"reward.hold": "lora", "reward.members": 1, "reward.models": f"[{base}]", "dataset.max_prompt_tokens": 8}
     config = small(data, model_folder, tmp_path / "run", methods="[d-dpo]", **options)
     pipeline.run(config, until="score")

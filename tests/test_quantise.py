@@ -21,7 +21,7 @@ from prefdistill.models.merging import is_4bit, merged, written_out
 from prefdistill.models.quantise import check_4bit, in_4bit, load_policy_4bit, new_classifier_4bit
 from prefdistill.seals import checksum
 from prefdistill.stages.bases import rounded_reference_column
-from prefdistill.stages.members import reference_columns
+from prefdistill.stages.reference import reference_columns
 from prefdistill.stages.run import Run
 from prefdistill.training.distill import DistillConfig, DistillExample, DistillTrainer
 from prefdistill.training.reward import RewardExample, RewardTrainer

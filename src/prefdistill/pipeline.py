@@ -23,7 +23,7 @@ from prefdistill.models.precision import forward_seconds
 from prefdistill.models.quantise import check_4bit
 from prefdistill.progress import on_terminal, silent
 from prefdistill.scoring import model_fingerprint
-from prefdistill.stages import distill, draw, evaluate, members, prepare, report
+from prefdistill.stages import distill, draw, evaluate, members, prepare, reference, report, rewards
 from prefdistill.stages.encoders import encoder_of
 from prefdistill.stages.run import Run
 from prefdistill.training.trackers import check_trackers
@@ -188,10 +188,10 @@ def plan(job: Run, manifest: Manifest, make_data: Callable[[], Outcome], source:
         Stage(
             "reference",
             "log-probs of every response under the reference, once",
-            [model, common, members.uses_features(job), config.score.columns, *(["nf4"] * config.policies_in_4bit)],
+            [model, common, reference.uses_features(job), config.score.columns, *(["nf4"] * config.policies_in_4bit)],
             tuple(base),
             1.5 * (1 + config.policies_in_4bit),
-            lambda _: members.make_reference(job),
+            lambda _: reference.make_reference(job),
         )
     )
     reward = asdict(config.reward)
@@ -224,7 +224,7 @@ def plan(job: Run, manifest: Manifest, make_data: Callable[[], Outcome], source:
                 [pretrained, common, config.score.columns],
                 ("reference", "reward"),
                 0.1 if config.reward.hold == "head" else 1.5 * config.reward.members,
-                lambda _: members.make_rewards(job),
+                lambda _: rewards.make_rewards(job),
             )
         )
     if config.evaluate.judge == "heldout":

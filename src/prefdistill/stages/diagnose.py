@@ -15,13 +15,8 @@ from prefdistill.evaluation.diagnosis import Check, check_run
 from prefdistill.evaluation.sampling import Sample
 from prefdistill.stages.draw import held_out_groups, policy_column, read_samples
 from prefdistill.stages.encoders import encoder_of, response_trees
-from prefdistill.stages.members import (
-    fill_rewards_of,
-    member_folders,
-    member_rewards,
-    reference_columns,
-    reward_column,
-)
+from prefdistill.stages.reference import reference_columns
+from prefdistill.stages.rewards import fill_rewards_of, member_folders, member_rewards, reward_column
 from prefdistill.stages.run import Run
 
 

@@ -17,7 +17,8 @@ from prefdistill.errors import ConfigError
 from prefdistill.models.loading import save_model
 from prefdistill.models.merging import merged
 from prefdistill.stages.bases import new_policy, rounded_reference_column
-from prefdistill.stages.members import member_rewards, reference_columns
+from prefdistill.stages.reference import reference_columns
+from prefdistill.stages.rewards import member_rewards
 from prefdistill.stages.run import Run
 from prefdistill.stages.select import KeepWeights, best_checkpoint, kept_file, kept_steps, put_weights
 from prefdistill.training.checkpoints import train_to_end

@@ -22,7 +22,8 @@ from prefdistill.stages.diagnose import diagnose, fill_sample_rewards
 from prefdistill.stages.draw import held_out_groups, policy_column, policy_of, read_samples
 from prefdistill.stages.encoders import training_facts
 from prefdistill.stages.judge import judge_facts, score_samples
-from prefdistill.stages.members import fill_reference, member_folders, member_rewards
+from prefdistill.stages.reference import fill_reference
+from prefdistill.stages.rewards import member_folders, member_rewards
 from prefdistill.stages.run import Run
 from prefdistill.training.reward import cross_calibrated
 

@@ -11,7 +11,7 @@ from prefdistill.evaluation.judges import describe, is_oracle, load_oracle
 from prefdistill.evaluation.sampling import Sample
 from prefdistill.scoring import model_fingerprint
 from prefdistill.stages.encoders import encoder_of, response_trees
-from prefdistill.stages.members import fill_rewards
+from prefdistill.stages.rewards import fill_rewards
 from prefdistill.stages.run import Run
 
 

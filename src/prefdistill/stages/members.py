@@ -1,4 +1,4 @@
-"""Stages `reference`, `reward`, `judge` and `score`: the columns of the reference, the members, their rewards."""
+"""Stages `reward` and `judge`: trains the members of the ensemble, and the judge that no member's pairs have seen."""
 
 from __future__ import annotations
 
@@ -16,12 +16,10 @@ import transformers
 from prefdistill import ranks
 from prefdistill.atomic import read_json, write_json
 from prefdistill.data.bias import biased_groups, longer_chosen, resample
-from prefdistill.data.table import PromptGroup, in_split, write_scored
+from prefdistill.data.table import PromptGroup, in_split
 from prefdistill.data.text_pairs import PairEncoder
 from prefdistill.data.tokenise import Encoder
-from prefdistill.data.tree import Tree
 from prefdistill.errors import ConfigError
-from prefdistill.models.adapters import Classifiers
 from prefdistill.models.loading import (
     new_classifier,
     save_adapter,
@@ -32,14 +30,13 @@ from prefdistill.models.merging import on_written_out
 from prefdistill.scoring import (
     Column,
     fill_columns,
-    logps_and_features_forward,
-    logps_forward,
     model_fingerprint,
     rewards_forward,
 )
 from prefdistill.seals import is_whole, seal
-from prefdistill.stages.bases import fill_rounded_reference, new_member, rounded_base, rounded_reference_column
-from prefdistill.stages.encoders import encoder_of, member_trees, training_facts
+from prefdistill.stages.bases import new_member, rounded_base
+from prefdistill.stages.encoders import encoder_of, member_trees
+from prefdistill.stages.reference import classifier_pad, reference_columns
 from prefdistill.stages.run import Run
 from prefdistill.training.checkpoints import train_to_end
 from prefdistill.training.reward import (
@@ -53,78 +50,6 @@ from prefdistill.training.reward import (
 
 JUDGE = 10_000  # its place among the members, for its seed
 FEW_PAIRS = 20
-
-
-# -- the reference's columns ---------------------------------------------------------------------------------------
-
-
-def uses_features(run: Run) -> bool:
-    """Whether a head stands on the reference's frozen features: a member's, the judge's, or one from another run."""
-    options = run.config.reward
-    trained = options.hold == "head" and (
-        run.config.evaluate.judge == "heldout" or (run.config.needs_rewards and options.members > 0)
-    )
-    return trained or (run.config.needs_rewards and any(_features_of(f) is not None for f in options.pretrained))
-
-
-def _features_of(folder: str) -> str | None:
-    """The fingerprint of the features that a head was trained on; None for any other reward model."""
-    found = training_facts(folder).get("features")
-    return None if found is None else str(found)
-
-
-def classifier_pad(run: Run) -> int | None:
-    """Pad token of the classifiers made here; EOS, as transformers would fall back to, where no other exists."""
-    pad = distinct_pad_id(run.tokenizer, run.encoder.end_ids)
-    return int(run.tokenizer.eos_token_id) if pad is None else pad
-
-
-def reference_columns(run: Run) -> dict[str, Column]:
-    """Log-probs under the reference and, where heads stand on them, its features."""
-    print_of_model = model_fingerprint(run.reference, run.precision)
-    columns = {"logps": run.column("reference-logps", print_of_model)}
-    if uses_features(run):
-        print_of_pool = model_fingerprint(run.reference, run.precision, classifier_pad(run))
-        columns["features"] = run.column("reference-features", print_of_pool)
-    return columns
-
-
-def fill_reference(run: Run, trees: Sequence[Tree]) -> tuple[dict[str, Column], int]:
-    """The reference's columns with what they lacked of these trees, and how many responses were computed."""
-    columns = reference_columns(run)
-    computed = fill_columns(
-        columns,
-        trees,
-        run.load_reference,
-        logps_and_features_forward if "features" in columns else logps_forward,
-        token_budget=run.config.score.token_budget,
-        precision=run.precision,
-        pool_pad_id=classifier_pad(run),
-        progress=run.progress,
-    )
-    return columns, computed
-
-
-def make_reference(run: Run) -> tuple[list[Path], str]:
-    trees = [g.tree for g in run.groups]
-    columns, computed = fill_reference(run, trees)
-    total = sum(len(t.responses) for t in trees)
-    what = "log-probs and features" if "features" in columns else "log-probs"
-    said = f"reference {what} of {total} responses, {total - computed} found from before"
-    outputs = _files(columns.values())
-    if run.config.policies_in_4bit:
-        trained = [g.tree for g in in_split(run.groups, "train")]
-        said += "; " + fill_rounded_reference(run, trained, columns["logps"])
-        outputs += _files([rounded_reference_column(run)])
-    return outputs, said
-
-
-def _files(columns: Any) -> list[Path]:
-    """Folders of columns."""
-    return [c.folder for c in columns]
-
-
-# -- members -------------------------------------------------------------------------------------------------------
 
 
 def make_members(run: Run, fingerprint: str) -> tuple[list[Path], str]:
@@ -335,109 +260,3 @@ def _train_model(
     )
     margins = [scratch.of(t)[c] - scratch.of(t)[r] for t, g in zip(trees, validation, strict=True) for c, r in g.pairs]
     return model, np.array(margins)
-
-
-# -- rewards -------------------------------------------------------------------------------------------------------
-
-
-def member_folders(run: Run) -> list[str]:
-    return [*(str(run.member_path(k)) for k in range(run.config.reward.members)), *run.config.reward.pretrained]
-
-
-def reward_column(run: Run, k: int, folder: str) -> Column:
-    return run.column(f"rewards-{k}", model_fingerprint(folder, run.precision))
-
-
-def member_rewards(run: Run, groups: Sequence[PromptGroup], *, centred: bool = True) -> list[list[np.ndarray]]:
-    """Rewards [K][group] -> [R], from columns only; centred, their mean over the training responses is 0.
-
-    Where the data gives the rewards, those of responses that are not the data's are not known: nan.
-    """
-    if run.config.reward.given is not None:
-        by_member = _given_rewards(groups)
-    else:
-        by_member = []
-        for k, folder in enumerate(member_folders(run)):
-            column, trees = reward_column(run, k, folder), member_trees(run, groups, encoder_of(run, folder))
-            by_member.append([column.of(t) for t in trees])
-    if not centred:
-        return by_member
-    train = [i for i, g in enumerate(groups) if g.split == "train"]
-    centres = [float(np.nanmean(np.concatenate([values[i] for i in train] or values))) for values in by_member]
-    return [[v - centre for v in values] for values, centre in zip(by_member, centres, strict=True)]
-
-
-def _given_rewards(groups: Sequence[PromptGroup]) -> list[list[np.ndarray]]:
-    members = max(len(r.given) for g in groups for r in g.responses)
-    return [
-        [np.array([r.given[k] if r.given else np.nan for r in g.responses]) for g in groups] for k in range(members)
-    ]
-
-
-def make_rewards(run: Run) -> tuple[list[Path], str]:
-    """Columns rewards-0..K-1 of every response."""
-    groups = run.groups
-    folders = member_folders(run)
-    references = reference_columns(run)
-    computed = total = 0
-    columns = []
-    classifiers = run.classifiers()
-    for k, folder in enumerate(folders):
-        column = reward_column(run, k, folder)
-        trees = member_trees(run, groups, encoder_of(run, folder))
-        total += sum(len(t.responses) for t in trees)
-        columns.append(column)
-        computed += fill_rewards_of(run, column, folder, trees, classifiers)
-    scored = run.root / "data" / "scored.parquet"
-    logps = references["logps"]
-    ranks.from_main(
-        lambda: write_scored(scored, groups, [logps.of(g.tree) for g in groups], member_rewards(run, groups))
-    )
-    said = f"{len(folders)} reward columns, {computed} values computed, {total - computed} found"
-    if run.config.reward.given is not None:
-        said = f"rewards of {max(len(r.given) for g in groups for r in g.responses)} members, given with the data"
-    return [*_files(columns), scored], said
-
-
-def fill_rewards_of(run: Run, column: Column, folder: str, trees: Sequence[Tree], classifiers: Classifiers) -> int:
-    """A member's rewards for what its column lacks, from the reference's features where it is a head on them."""
-    features = reference_columns(run).get("features")
-    if features is not None and _features_of(folder) == features.fingerprint:
-        return _rewards_from_features(features, column, folder, trees)
-    return fill_rewards(run, column, folder, trees, classifiers)
-
-
-def fill_rewards(run: Run, column: Column, folder: str, trees: Sequence[Tree], classifiers: Classifiers) -> int:
-    """Rewards of a classifier, a member or a judge, for what the column lacks; returns how many were computed."""
-    return fill_columns(
-        {"rewards": column},
-        trees,
-        lambda: classifiers.load(folder),
-        rewards_forward,
-        token_budget=run.config.score.token_budget,
-        precision=run.precision,
-        pool=True,
-        progress=run.progress,
-    )
-
-
-def _rewards_from_features(features: Column, column: Column, folder: str, trees: Sequence[Tree]) -> int:
-    """A head's rewards are one matrix product with features that the reference pass left: no forward."""
-    from safetensors.numpy import load_file
-
-    from prefdistill.data.table import response_key
-
-    head = load_file(str(Path(folder) / "model-00002-of-00002.safetensors"))["score.weight"][0].astype(np.float64)
-    keys = [response_key(t.prompt_ids, r) for t in trees for r in t.responses]
-    missing = list(dict.fromkeys(k for k in keys if k not in column.values))
-    unknown = [k for k in missing if k not in features.values]
-    if unknown:
-        raise ConfigError(f"{len(unknown)} responses have no features; run the stage 'reference' again")
-
-    def add() -> None:
-        if missing:
-            column.add(missing, np.stack([features.values[k] for k in missing]) @ head)
-
-    ranks.from_main(add)
-    column.refresh()
-    return len(missing)
