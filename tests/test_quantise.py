@@ -321,6 +321,17 @@ def test_a_run_on_the_rounded_reference(bnb, data, model_folder, tmp_path, capsy
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
+def test_margins_start_at_zero_in_bfloat16_too(use_dora, bnb, data, model_folder, tmp_path):  # noqa: F811
+    options = {"precision": "bfloat16", "distill.load_in_4bit": "true", "distill.use_dora": use_dora}
+    options |= {"distill.logging_steps": 1, "evaluate.judge": "test_select:vowels"}
+    pipeline.run(small(data, model_folder, tmp_path / "run", methods="[dpo]", **options), until="distill")
+    history = json.loads((tmp_path / "run" / "policy" / "dpo" / "history.json").read_text())
+    assert abs(history[0]["rewards/margins"]) < 1e-3
+    assert abs(history[0]["logps/level_change"]) < 1e-2
+    assert history[-1]["logps/level_change"] != 0
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
 def test_members_of_a_run(use_dora, bnb, data, model_folder, tmp_path):  # noqa: F811
     """Whole or as adapters on one written-out base, the same rewards, by plain PEFT too; nothing needs 4 bits again."""
     import peft
