@@ -131,8 +131,26 @@ def test_what_vllm_refuses_is_said(vllm, folder):
     with pytest.raises(ConfigError, match=r"max_model_len \(600\)"):
         VLLMEngine(folder).sample([(5,) * 500], n=1, end_ids=[2], options=SamplingOptions(max_new_tokens=100))
     short = VLLMEngine(folder, arguments={"max_model_len": 12})
-    with pytest.raises(DataError, match="max_model_len"), short as policy:
+    with pytest.raises(ConfigError, match=r"max_model_len 12, .* up to 21 tokens"), short as policy:
         policy.sample(PROMPTS, n=1, end_ids=[], options=GREEDY)
+    assert not vllm.started
+
+
+def test_an_engine_with_a_length_of_its_own_is_started_once(vllm, folder):
+    with VLLMEngine(folder, arguments={"max_model_len": 60}) as policy:
+        policy.sample(PROMPTS, n=1, end_ids=[2], options=GREEDY)
+        policy.sample([(5,) * 40], n=1, end_ids=[2], options=GREEDY)
+    assert [s["max_model_len"] for s in vllm.started] == [60]
+
+
+@pytest.mark.parametrize(
+    ("ids", "reason"), [([5, 6], "stop"), ([5], "length"), ([5] * 12, "abort"), ([], "stop"), ([5, 2], "repetition")]
+)
+def test_a_response_that_ended_in_another_way_is_refused(ids, reason, vllm, folder, monkeypatch):
+    real = fake_vllm.LLM._output
+    monkeypatch.setattr(fake_vllm.LLM, "_output", staticmethod(lambda *_: real(ids, reason)))
+    with pytest.raises(DataError, match=f"reason '{reason}'"), VLLMEngine(folder) as policy:
+        policy.sample(PROMPTS, n=1, end_ids=[2], options=GREEDY)
 
 
 def test_options_are_checked_before_anything_is_written(data, model_folder, tmp_path, capsys, vllm, monkeypatch):  # noqa: F811
@@ -145,6 +163,7 @@ def test_options_are_checked_before_anything_is_written(data, model_folder, tmp_
 
     assert "sample.engine is 'x'; it must be one of own, vllm" in said("--sample.engine", "x")
     assert "set sample.engine: vllm" in said("--sample.engine_arguments", "{enforce_eager: true}")
+    assert "has model" in said("--sample.engine", "vllm", "--sample.engine_arguments", "{model: other}")
     assert "not at 3.0" in said("--sample.engine", "vllm", "--evaluate.temperature", "3")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None)
     with pytest.raises(ConfigError, match=r"pip install prefdistill\[vllm\]"):

@@ -243,6 +243,10 @@ class RunConfig:
                     f"distill.training_arguments has {name!r}, which transformers.TrainingArguments does not know"
                 )
         self._check_adapters()
+        if "model" in self.sample.engine_arguments:
+            raise ConfigError(
+                "sample.engine_arguments has model; what is sampled from is the run's to say, leave it out"
+            )
         if self.sample.engine_arguments and self.sample.engine == "own":
             raise ConfigError("sample.engine_arguments are vllm.LLM's; set sample.engine: vllm, or leave them out")
         if self.reward.hold == "head" and self.reward.models:

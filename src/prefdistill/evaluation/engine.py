@@ -99,7 +99,7 @@ class VLLMEngine:
 
         Raises:
             ConfigError: vLLM cannot be started, on this model or with an argument in `sample.engine_arguments`.
-            DataError: vLLM gave something else than one response for a request.
+            DataError: vLLM gave something else than one response for a request, or ended one for an unknown reason.
         """
         known = known or {}
         keys = range(len(prompts)) if keys is None else keys
@@ -153,7 +153,13 @@ class VLLMEngine:
 
     def _started(self, longest: int) -> Any:
         """The engine, started where there is none or only one for shorter sequences."""
-        if self._llm is not None and self._length >= longest:
+        given = self.arguments.get("max_model_len")
+        if isinstance(given, int) and 0 < given < longest:
+            raise ConfigError(
+                f"sample.engine_arguments has max_model_len {given}, and prompts with their responses take up to "
+                f"{longest} tokens; leave it out"
+            )
+        if self._llm is not None and (given is not None or self._length >= longest):
             return self._llm
         self.shut_down()
         import vllm
@@ -175,7 +181,7 @@ class VLLMEngine:
                 f"vLLM cannot be started on {self.folder} ({str(error).strip()}); look at sample.engine_arguments "
                 f"({self.arguments or 'none'}), or set sample.engine: own"
             ) from error
-        self._length = int(arguments["max_model_len"])
+        self._length = longest
         return self._llm
 
 
@@ -206,7 +212,6 @@ def _sample_of(output: Any, ends: set[int], bound: int) -> Sample:
     if not agree:
         raise DataError(
             f"vLLM ended a response of {len(ids)} tokens (at most {bound}) with the reason {reason!r} at token "
-            f"{ids[-1] if ids else None}; its end tokens are {sorted(ends)}. Is max_model_len in "
-            "sample.engine_arguments too small?"
+            f"{ids[-1] if ids else None}; its end tokens are {sorted(ends)}. Set sample.engine: own"
         )
     return Sample(ids, finished)
