@@ -127,6 +127,7 @@ def parse(command: str, argv: list[str]) -> Any:
     if argv and not argv[0].startswith("-"):
         if not os.path.isfile(argv[0]):
             raise ConfigError(f"the configuration file {argv[0]} does not exist; give a YAML file, or flags alone")
+        _check_file(Path(argv[0]))
         argv = ["--config", *argv]
     parser = ArgumentParser(prog=f"prefdistill {command}", description=COMMANDS[command], exit_on_error=False)
     parser.add_argument("--config", action="config", help="a YAML file with these options")
@@ -139,6 +140,30 @@ def parse(command: str, argv: list[str]) -> Any:
     values = parser.instantiate_classes(parsed)
     names = RunConfig.__dataclass_fields__
     return RunConfig(**{name: getattr(values, name) for name in names})
+
+
+def _check_file(file: Path) -> None:
+    """Raises ConfigError for a file that is no mapping of options, or that would have the parser import something."""
+    import yaml
+
+    from prefdistill.errors import ConfigError
+
+    try:
+        text = file.read_text(encoding="utf-8")
+        named = any("class_path" in str(getattr(event, "value", "")) for event in yaml.parse(text, yaml.SafeLoader))
+        read = yaml.safe_load(text)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file} is no YAML that can be read: {_short(error)}") from error
+    if named:
+        # The parser would import the module that it names.
+        raise ConfigError(f"{file} names a class_path, which no option takes; remove it")
+    if not isinstance(read, dict):
+        raise ConfigError(f"{file} holds no options; write lines such as `model: ORG/NAME` (prefdistill config)")
+    if "config" in read:
+        raise ConfigError(f"{file} has the key 'config', which is for the command line alone; remove it")
+    blank = [name for name, value in read.items() if value is None]
+    if blank:
+        raise ConfigError(f"{file}: {blank[0]} has no value; give it one, or leave its line out for the usual one")
 
 
 def opened(folder: Path) -> Any:

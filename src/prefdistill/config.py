@@ -319,7 +319,7 @@ def _check_given(options: Any, inside: str = "") -> None:
     for option in fields(options):
         value, name = getattr(options, option.name), inside + option.name
         if value is None and "None" not in str(option.type):
-            raise ConfigError(f"{name} is null; give it a value, or leave its line out for the usual one")
+            raise ConfigError(f"{name} has no value; give it one, or leave its line out for the usual one")
         if is_dataclass(value):
             _check_given(value, f"{name}.")
 
