@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 
 import pytest
 
 from prefdistill import pipeline
+from prefdistill.cli import main
 from prefdistill.errors import is_disk_full
 from test_pipeline import data, model_folder, small  # noqa: F401
 
@@ -31,22 +31,23 @@ def disk(tmp_path):
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
-def test_a_run_goes_on_when_there_is_room_again(disk, data, model_folder, tmp_path):  # noqa: F811
+def test_a_run_goes_on_when_there_is_room_again(disk, data, model_folder, tmp_path, capsys):  # noqa: F811
     place, grow = disk
     options = {"methods": "[dpo]", "distill.save_steps": 1, "distill.logging_steps": 1, "reward.hold": "full"}
     whole = tmp_path / "whole"
     pipeline.run(small(data, model_folder, whole, **options), until="distill")
     (tmp_path / "c.yaml").write_text(small(data, model_folder, place / "run", **options).as_yaml())
-    command = [sys.executable, "-m", "prefdistill", "distill", str(tmp_path / "c.yaml")]
     size, full = 256, 0
     while True:
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode == 0:
+        capsys.readouterr()
+        status = main(["distill", str(tmp_path / "c.yaml")])
+        said = capsys.readouterr().err
+        if status == 0:
             break
         full += 1
-        assert done.returncode == 2, done.stderr[-2000:]
-        assert "Traceback" not in done.stderr
-        assert "the disk is full" in done.stderr.strip().splitlines()[-1]
+        assert status == 2, said[-2000:]
+        assert "Traceback" not in said
+        assert "the disk is full" in said.strip().splitlines()[-1]
         assert not list((place / "run").rglob("*.part-*"))
         size *= 2
         grow(size)
