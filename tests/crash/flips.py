@@ -280,9 +280,8 @@ def _tells(line: str) -> bool:
 
 def _names(line: str, file: Path) -> bool:
     """Whether a line names the file, or the folder that is used as a whole or not at all."""
-    named = [file.as_posix()]
-    if kind_of(file) in ("seal", "checkpoint"):
-        named += [p.as_posix() for p in file.parents if p.name.startswith(("checkpoint-", "member-"))]
+    sealed = [p.as_posix() for p in file.parents if p.name.startswith(("checkpoint-", "member-"))]
+    named = [file.as_posix(), *(f"{folder} is damaged ({file.name}" for folder in sealed)]
     if kind_of(file) == "kept weights":
         named.append(file.parents[1].as_posix())
     return any(n in line for n in named)
