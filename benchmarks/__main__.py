@@ -23,6 +23,7 @@ from benchmarks.worker import Fallen, serve, worker
 from prefdistill.report.canvas import svg_of
 
 FOLDER = Path(__file__).parent
+PRECISIONS = ("float32", "bfloat16")
 RATE_ROWS, RATE_SECONDS = 2048, 1.5
 
 
@@ -35,6 +36,7 @@ def main() -> int:
     parser.add_argument("--prompt-tokens", type=int, default=360)
     parser.add_argument("--response-tokens", type=int, default=42)
     parser.add_argument("--batch-prompts", type=int, default=4)
+    parser.add_argument("--precision", choices=PRECISIONS, help="try this one alone")
     parser.add_argument("--output", type=Path, default=FOLDER, help="where results.json and RESULTS.md go")
     parser.add_argument("--worker", nargs=3, metavar=("ROW", "SIDE", "PRECISION"), help=argparse.SUPPRESS)
     parser.add_argument("--trial", action="store_true", help=argparse.SUPPRESS)
@@ -100,7 +102,7 @@ def _measure(row: Any, sizes: Any, options: Any) -> dict[str, Any]:
     from benchmarks.rows import flops_once
 
     sizes = row.sizes(sizes)
-    trials = {side: _trials(row, side, sizes) for side in row.sides}
+    trials = {side: _trials(row, side, sizes, options.precision) for side in row.sides}
     fastest = {side: min(found, key=lambda p: found[p]) for side, found in trials.items()}
     peers = sorted((s for s in row.sides if s != "ours"), key=lambda s: trials[s][fastest[s]])
     for peer in peers:
@@ -157,8 +159,8 @@ def _in_turn(
         return seconds, {name: side.peak for name, side in started.items()}
 
 
-def _trials(row: Any, side: str, sizes: Any) -> dict[str, float]:
-    """Seconds of a side's second step of less work in each precision, alone on the machine.
+def _trials(row: Any, side: str, sizes: Any, precision: str | None) -> dict[str, float]:
+    """Seconds of a side's second step of less work in each precision, or in this one, alone on the machine.
 
     Infinite where memory falls short.
     """
@@ -167,13 +169,13 @@ def _trials(row: Any, side: str, sizes: Any) -> dict[str, float]:
     if not row.whole:
         sizes = replace(sizes, batch_prompts=max(1, sizes.batch_prompts // TRIAL_SHARE))
     found = {}
-    for precision in ("float32", "bfloat16"):
+    for tried in PRECISIONS if precision is None else (precision,):
         try:
-            with worker(row.name, side, precision, sizes, trial=True) as alone:
+            with worker(row.name, side, tried, sizes, trial=True) as alone:
                 alone.step()
-                found[precision] = alone.step()
+                found[tried] = alone.step()
         except Fallen:
-            found[precision] = math.inf
+            found[tried] = math.inf
     return found
 
 

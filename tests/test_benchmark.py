@@ -55,6 +55,8 @@ def test_the_command_writes_its_results(tmp_path):
         "policy step, unique",
         "--steps",
         "2",
+        "--precision",
+        "float32",
         "--output",
         str(tmp_path),
     ]
@@ -67,6 +69,7 @@ def test_the_command_writes_its_results(tmp_path):
     row = written["rows"][0]
     assert row["ratio"] == pytest.approx(row["peer"] / row["ours"])
     assert row["memory"]["ours"] > 0
+    assert all(of.keys() == {"float32"} for of in row["trials"].values())
     assert {"machine", "versions"} <= set(written)
     assert written["versions"]["trl"] == "1.16.0"
 
