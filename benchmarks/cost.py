@@ -47,12 +47,30 @@ def flops(kind: str, prompts: list[Prompt], size: str) -> float:
     return forward * {"full": 3, "lora": 2, "score": 1}[kind]
 
 
-def step_gigabytes(kind: str, tokens: int, size: str, *, bfloat16: bool) -> float:
-    """Of a step over so many tokens at once, beside what the process holds without a model.
+def step_gigabytes(
+    kind: str, prompts: list[Prompt], size: str, *, bfloat16: bool, nf4: bool = False, checkpointing: bool = False
+) -> float:
+    """Of a step over these prompts at once, beside what the process holds without a model.
 
-    A scoring pass keeps the states of one layer at a time, which is nothing beside the weights.
+    A scoring pass keeps nothing: its states are a layer's, and what it casts is a matrix's.
+
+    Args:
+        nf4: the base lies in four bits and is cast a matrix at a time.
+        checkpointing: of the activations only what enters each layer is kept, and one layer's.
     """
-    weights = parameters(size) * (TRAINED if kind == "full" else FROZEN)
-    cast = CAST * matrices(size) if bfloat16 else 0
-    kept = 0 if kind == "score" else activation_bytes(config_of(size), tokens, bfloat16=bfloat16)
-    return (weights + cast + kept + 4 * LOGIT_COPIES * LOGITS_AT_ONCE) / 1e9
+    s = SIZES[size]
+    tokens = sum(len(p.ids) + sum(map(len, p.responses)) for p in prompts)
+    answers = sum(len(r) for p in prompts for r in p.responses)
+    logits = 4 * LOGIT_COPIES * min(LOGITS_AT_ONCE, answers * s["vocab_size"])
+    weights = parameters(size) * (TRAINED if kind == "full" else NF4 if nf4 else FROZEN)
+    if kind == "score":
+        return (weights + logits) / 1e9
+    cast = CAST * matrices(size) if bfloat16 and not nf4 else 0
+    kept = activation_bytes(config_of(size), tokens, bfloat16=bfloat16)
+    if kind == "lora":
+        # An adapter keeps a copy of its own of what each of a layer's seven matrices reads.
+        read = 6 * s["hidden_size"] + s["intermediate_size"]
+        kept += (2 if bfloat16 else 4) * tokens * s["num_hidden_layers"] * read
+    if checkpointing:
+        kept = kept // s["num_hidden_layers"] + 4 * tokens * s["num_hidden_layers"] * s["hidden_size"]
+    return (weights + cast + kept + logits) / 1e9

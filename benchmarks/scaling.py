@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cost import CAST, FROZEN, KINDS, LORA_RANK, NF4, flops, matrices, parameters, step_gigabytes
+from benchmarks.cost import KINDS, LORA_RANK, flops, parameters, step_gigabytes
 from benchmarks.shapes import prompts_of
 
 FOLDER = Path(__file__).parent
@@ -91,13 +91,13 @@ def measure() -> dict[str, Any]:
 def checked(found: dict[str, Any]) -> list[dict[str, Any]]:
     """Measured and told seconds and gigabytes of every point; `calibrated` are those the model was fitted on."""
     at = {(p["kind"], p["size"]): p for p in found["points"]}
-    tokens = BATCH_PROMPTS * (LENGTHS["prompt_tokens"] + 2 * LENGTHS["response_tokens"])
     out = []
     for kind in KINDS:
         share = share_of(found, kind)
         for size in CHECKED:
-            work = flops(kind, _prompts(size, BATCH_PROMPTS), size)
-            memory = step_gigabytes(kind, tokens, size, bfloat16=found["precision"] == "bfloat16")
+            prompts = _prompts(size, BATCH_PROMPTS)
+            work = flops(kind, prompts, size)
+            memory = step_gigabytes(kind, prompts, size, bfloat16=found["precision"] == "bfloat16")
             out.append(
                 {
                     "kind": kind,
@@ -126,10 +126,11 @@ def told(size: str) -> dict[str, Any]:
     one = flops("score", _prompts(size, 1), size)
     hours = {kind: PAIRS * flops(kind, _prompts(size, 1), size) / one for kind in KINDS}
     scale = one / (GPU_FLOPS * GPU_SHARE) / 3600
-    tokens = GPU_PROMPTS * (LENGTHS["prompt_tokens"] + 2 * LENGTHS["response_tokens"])
-    lora = step_gigabytes("lora", tokens, size, bfloat16=True)
-    # A frozen base in four bits, cast back a matrix at a time, instead of float32 and its bfloat16 copy.
-    nf4 = lora - (parameters(size) * FROZEN + matrices(size) * CAST) / 1e9 + parameters(size) * NF4 / 1e9
+    prompts = _prompts(size, GPU_PROMPTS)
+
+    def gigabytes(kind: str, **options: bool) -> float:
+        return step_gigabytes(kind, prompts, size, bfloat16=True, **options)
+
     return {
         "size": size,
         "parameters": parameters(size),
@@ -141,10 +142,12 @@ def told(size: str) -> dict[str, Any]:
             "lora": hours["lora"] * scale,
         },
         "gigabytes": {
-            "score": step_gigabytes("score", tokens, size, bfloat16=True),
-            "full": step_gigabytes("full", tokens, size, bfloat16=True),
-            "lora": lora,
-            "nf4": nf4,
+            "score": gigabytes("score"),
+            "full": gigabytes("full"),
+            "full, twice": gigabytes("full", checkpointing=True),
+            "lora": gigabytes("lora"),
+            "lora, twice": gigabytes("lora", checkpointing=True),
+            "nf4, twice": gigabytes("lora", nf4=True, checkpointing=True),
         },
     }
 
@@ -207,8 +210,10 @@ def tables(found: dict[str, Any]) -> str:
     memory = {
         "score": "scoring: reference, members",
         "full": f"policy, all weights, {GPU_PROMPTS} prompts a step",
+        "full, twice": "the same with gradient checkpointing",
         "lora": f"policy or member, LoRA, {GPU_PROMPTS} prompts a step",
-        "nf4": "the same with a base in four bits",
+        "lora, twice": "the same with gradient checkpointing",
+        "nf4, twice": "the same with a base in four bits as well",
     }
     out += [
         _line(

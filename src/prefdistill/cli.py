@@ -217,6 +217,7 @@ def quiet() -> None:
     logging.basicConfig(format="    warning: %(message)s", level=logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|transformers|peft|accelerate")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises as soon as peft finds it installed
     import transformers
 
     transformers.logging.set_verbosity_error()
