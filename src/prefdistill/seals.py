@@ -46,8 +46,9 @@ def is_whole(folder: Path) -> bool:
     now = _checksums(folder)
     if now == sealed:
         return True
-    known = sealed if isinstance(sealed, dict) else {}
-    broken = next((name for name in sorted(known.keys() | now.keys()) if known.get(name) != now.get(name)), SEAL)
+    broken = SEAL
+    if isinstance(sealed, dict):
+        broken = next(name for name in sorted(sealed.keys() | now.keys()) if sealed.get(name) != now.get(name))
     logger.warning("%s is damaged (%s is not as it was written); it is not used", folder, broken)
     return False
 

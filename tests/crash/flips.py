@@ -282,6 +282,8 @@ def _names(line: str, file: Path) -> bool:
     """Whether a line names the file, or the folder that is used as a whole or not at all."""
     sealed = [p.as_posix() for p in file.parents if p.name.startswith(("checkpoint-", "member-"))]
     named = [file.as_posix(), *(f"{folder} is damaged ({file.name}" for folder in sealed)]
+    if kind_of(file) == "seal":  # what it says of any other file may be what changed
+        named += [f"{folder} is damaged" for folder in sealed]
     if kind_of(file) == "kept weights":
         named.append(file.parents[1].as_posix())
     return any(n in line for n in named)
