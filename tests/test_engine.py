@@ -16,10 +16,9 @@ from prefdistill.errors import ConfigError, DataError
 from prefdistill.evaluation import engine, sampling
 from prefdistill.evaluation.engine import VLLMEngine, check_vllm
 from prefdistill.evaluation.sampling import SamplingOptions, sample
-from prefdistill.models.loading import add_lora
 from prefdistill.training.trees import TreeTrainer
 from test_pipeline import data, model_folder, small  # noqa: F401
-from tiny_models import tiny
+from tiny_models import save_some_adapter, tiny
 
 PROMPTS = [(5, 6, 7, 8, 9, 10, 11, 12, 13), (9,), (20, 21, 22)]
 GREEDY = SamplingOptions(max_new_tokens=12, temperature=0)
@@ -235,15 +234,7 @@ def test_a_stopped_sampling_goes_on(vllm, data, model_folder, tmp_path, monkeypa
 
 def test_an_adapter_is_put_together_for_vllm(vllm, data, model_folder, tmp_path):  # noqa: F811
     """vLLM reads plain folders; the policy may be an adapter."""
-    import transformers
-
-    base = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
-    adapted = add_lora(base, rank=4, task="CAUSAL_LM")
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    adapted.peft_config["default"].base_model_name_or_path = str(model_folder)
-    adapted.save_pretrained(tmp_path / "adapter")
+    save_some_adapter(model_folder, tmp_path / "adapter")
     drawn = {}
     for name in ("own", "vllm"):
         options = {"methods": "[p-dpo]", "sample.engine": name, "evaluate.temperature": 0}

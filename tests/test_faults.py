@@ -18,7 +18,7 @@ from prefdistill.data.table import read_groups
 from prefdistill.errors import ConfigError, DataError
 from prefdistill.evaluation import sampling
 from prefdistill.models.backbone import backbone_of
-from prefdistill.models.loading import add_lora, load_policy
+from prefdistill.models.loading import load_policy
 from prefdistill.seals import SEAL, seal
 from prefdistill.stages import members, rewards
 from prefdistill.stages.run import Run
@@ -26,7 +26,7 @@ from prefdistill.stopping import Terminated, stop_requests
 from prefdistill.training.callbacks import ProgressCallback
 from prefdistill.training.checkpoints import last_checkpoint
 from test_pipeline import data, model_folder, rows, small  # noqa: F401
-from tiny_models import tiny
+from tiny_models import save_some_adapter, tiny
 from tiny_tokenizers import gpt2, llama3
 
 
@@ -110,13 +110,7 @@ def test_columns_in_another_folder_are_computed_there(data, model_folder, tmp_pa
 
 def test_an_adapter_as_the_policy(data, model_folder, tmp_path):  # noqa: F811
     """Heads on it, and the judge, keep its weights; what is saved loads whole."""
-    base = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
-    adapted = add_lora(base, rank=4, task="CAUSAL_LM")
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    adapted.peft_config["default"].base_model_name_or_path = str(model_folder)
-    adapted.save_pretrained(tmp_path / "adapter")
+    save_some_adapter(model_folder, tmp_path / "adapter")
     out = tmp_path / "run"
     config = small(data, tmp_path / "adapter", out, methods="[d-dpo]", precision="auto")
     pipeline.run(config)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import transformers as tf
 
+from prefdistill.models.loading import add_lora
+
 VOCAB = 120
 SHAPE = {
     "vocab_size": VOCAB,
@@ -101,3 +103,13 @@ def letters_tokenizer(**special):
     )
     tokenizer.chat_template = CHATML
     return tokenizer
+
+
+def save_some_adapter(base, folder) -> None:
+    """A LoRA adapter that changes what the model in the folder `base` says."""
+    adapted = add_lora(tf.AutoModelForCausalLM.from_pretrained(base), rank=4, task="CAUSAL_LM")
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    adapted.peft_config["default"].base_model_name_or_path = str(base)
+    adapted.save_pretrained(folder)

@@ -94,9 +94,11 @@ class RunConfig:
 
     def _needs_reference_samples(self, method: str) -> bool:
         """For the forward-KL term, or for the weights of the hull."""
-        row, options = self.row(method), self.distill.of(method)
-        hull = row.hull or (row.loss == "e_dpo" and options.pessimism.startswith("hull"))
-        return hull or (row.forward_kl and options.kl_alpha > 0)
+        return self._uses_hull(method) or (self.row(method).forward_kl and self.distill.of(method).kl_alpha > 0)
+
+    def _uses_hull(self, method: str) -> bool:
+        row = self.row(method)
+        return row.hull or (row.loss == "e_dpo" and self.distill.of(method).pessimism.startswith("hull"))
 
     @property
     def primary(self) -> str:
@@ -115,7 +117,7 @@ class RunConfig:
 
     def check(self) -> None:
         """Raises ConfigError, naming the option, for values that no run can use."""
-        _check_given(self)
+        _check_not_blank(self)
         for method, own in self.distill.per_method.items():
             _check_variant(method, own)
         self._check_values()
@@ -256,11 +258,11 @@ class RunConfig:
         if self.reward.resample == "length-bias" and not self.reward.rho:
             raise ConfigError("reward.resample: length-bias needs reward.rho, e.g. [0.2, 0.5, 0.8]")
         if self.reward.given is not None:
-            self._check_given()
+            self._check_given_rewards()
         elif self.needs_rewards and self.reward.members + len(self.reward.pretrained) < 1:
             raise ConfigError("methods that distil rewards need reward.members, reward.pretrained or reward.given")
 
-    def _check_given(self) -> None:
+    def _check_given_rewards(self) -> None:
         name = self.reward.given
         if not name:
             raise ConfigError("reward.given is empty; name the columns, e.g. score for score_chosen and score_rejected")
@@ -269,8 +271,7 @@ class RunConfig:
                 f"reward.given: {name} stands in place of reward models; set reward.members: 0 and no reward.pretrained"
             )
         for method in self.methods:
-            row, pessimism = self.row(method), self.distill.of(method).pessimism
-            if row.hull or (row.loss == "e_dpo" and pessimism.startswith("hull")):
+            if self._uses_hull(method):
                 raise ConfigError(
                     f"{method}: the hull's weights need rewards of the reference's samples, which the data does not "
                     "give; train members, or name reward models in reward.pretrained"
@@ -314,14 +315,14 @@ class RunConfig:
         write_text(path, self.as_yaml())
 
 
-def _check_given(options: Any, inside: str = "") -> None:
+def _check_not_blank(options: Any, inside: str = "") -> None:
     """Raises ConfigError for an option that was left blank, which YAML reads as null, where it must have a value."""
     for option in fields(options):
         value, name = getattr(options, option.name), inside + option.name
         if value is None and "None" not in str(option.type):
             raise ConfigError(f"{name} has no value; give it one, or leave its line out for the usual one")
         if is_dataclass(value):
-            _check_given(value, f"{name}.")
+            _check_not_blank(value, f"{name}.")
 
 
 # Names of variants become folders, files and rows of tables.

@@ -11,7 +11,6 @@ checkpoint is not the newest; or nothing reads the file any more, and if its nam
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import logging
 import os
@@ -32,7 +31,7 @@ import pyarrow.parquet as pq
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from crash.harness import differences, prepare, result_of, start  # noqa: E402
+from crash.harness import asked, differences, prepare, result_of, start  # noqa: E402
 
 DEADLINE = 300.0
 COMMON = {
@@ -367,20 +366,15 @@ def table(counts: Counter) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("damages", type=int, nargs="?", default=200)
-    parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ["TQDM_DISABLE"] = "1"
-    import prefdistill.pipeline  # noqa: F401  (imported once, for all the forked runs)
-
+    options = asked(__doc__, "damages", 200)
     with tempfile.TemporaryDirectory() as folder:
-        counts = flips(asked.damages, asked.seed, Path(folder), launch=forked, say=lambda text: print(text, flush=True))
+        counts = flips(
+            options.damages, options.seed, Path(folder), launch=forked, say=lambda text: print(text, flush=True)
+        )
     missed = sum(n for (_, what), n in counts.items() if what == "missed")
     unread = sum(n for (_, what), n in counts.items() if what == "not read")
     print(table(counts))
-    print(f"{asked.damages} damaged, {asked.damages - missed - unread} found, {unread} not read, {missed} missed")
+    print(f"{options.damages} damaged, {asked.damages - missed - unread} found, {unread} not read, {missed} missed")
     return min(1, missed)
 
 

@@ -170,17 +170,23 @@ def crash(kills: int, seed: int, folder: Path, say=print) -> int:
     return bad
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("kills", type=int, nargs="?", default=50)
+def asked(doc: str | None, what: str, default: int) -> argparse.Namespace:
+    """The command line of a harness, in a process that is ready to be forked into runs."""
+    parser = argparse.ArgumentParser(description=doc)
+    parser.add_argument(what, type=int, nargs="?", default=default)
     parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["TQDM_DISABLE"] = "1"
     import prefdistill.pipeline  # noqa: F401  (imported once, for all the forked runs)
 
+    return options
+
+
+def main() -> int:
+    options = asked(__doc__, "kills", 50)
     with tempfile.TemporaryDirectory() as folder:
-        return min(1, crash(asked.kills, asked.seed, Path(folder), lambda text: print(text, flush=True)))
+        return min(1, crash(options.kills, options.seed, Path(folder), lambda text: print(text, flush=True)))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from prefdistill.progress import Progress, on_terminal
 from prefdistill.scoring import Column
 from prefdistill.training.trackers import track_in
 
-KEPT_PRECISIONS = {name: name for name in ("float32", "bfloat16")}
+PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclass
@@ -156,9 +156,12 @@ class Run:
         asked, kept = self.config.precision, self.root / "precision.json"
         if asked == "auto" and kept.exists():
             try:
-                return KEPT_PRECISIONS[json.loads(kept.read_text(encoding="utf-8"))["precision"]]
+                precision = json.loads(kept.read_text(encoding="utf-8"))["precision"]
             except (ValueError, LookupError, TypeError):
-                self.say(f"warning: {kept} is damaged; the precision is measured again")
+                precision = None
+            if precision in PRECISIONS:
+                return str(precision)
+            self.say(f"warning: {kept} is damaged; the precision is measured again")
         shape = load_config(self.config.model, trust_remote_code=self.config.trust_remote_code)
         chosen = choose_precision(asked, shape, self.device)
         if asked == "auto":

@@ -132,7 +132,8 @@ def join_columns(items: Sequence[Mapping[str, Any]], *, pairs: str) -> dict[str,
         values = [[math.nan if r is None else r for r in k] for k in e.rewards]
         rewards.append(torch.tensor(values, dtype=torch.float64).reshape(len(e.rewards), len(e.reference_logps)))
         labelled += [(start + a, start + b) for a, b in e.pairs]
-        chosen = [(e.known[a], e.known[b]) for a, b in all_pairs(len(e.known))] if pairs == "all" else e.pairs
+        known = e.known
+        chosen = [(known[a], known[b]) for a, b in all_pairs(len(known))] if pairs == "all" else e.pairs
         used += [(start + a, start + b) for a, b in chosen]
         kl += [start + i for i in e.from_reference]
     return {
