@@ -15,17 +15,15 @@ import torch.distributed as dist
 
 from prefdistill.cli import parse
 from prefdistill.stages.bases import new_policy
-from prefdistill.stages.distill import arguments_of, examples_of
+from prefdistill.stages.distill import arguments_of, training_examples
 from prefdistill.stages.run import Run
 from prefdistill.training.distill import DistillTrainer
 
 
 def main(folder: str, method: str, out: str) -> None:
     run = Run(parse("run", [f"{folder}/config.yaml", "--output_dir", folder]))
-    options = run.config.distill.of(method)
-    needs = run.config.row(method).needs_rewards
-    examples = examples_of(run, "train", rewards=needs, in_4bit=options.load_in_4bit)
-    policy = new_policy(run, options)
+    examples = training_examples(run, method)
+    policy = new_policy(run, run.config.distill.of(method))
     arguments = arguments_of(run, method, Path(out), policy, examples)
     arguments.per_device_train_batch_size //= arguments.world_size  # the option is a whole step's batch
     trainer = DistillTrainer(policy, arguments, examples=examples)

@@ -85,8 +85,9 @@ def sample(
         while start < len(order):
             width = len(prompts[order[start]]) + options.max_new_tokens
             rows = order[start : start + max(1, token_budget // (width * n))]
+            own = number % share[1] == share[0]
             start, number = start + len(rows), number + 1
-            if (number - 1) % share[1] != share[0]:
+            if not own:
                 progress(len(rows))
                 continue
             if all(i in known for i in rows):

@@ -360,16 +360,17 @@ def save_head(model: Any, tokenizer: Any, folder: Path, backbone: Path) -> None:
     head = {name: tensor for name, tensor in state.items() if name.startswith("score.")}
     body = {name: tensor for name, tensor in state.items() if name not in head}
     # A damaged one that stayed would be linked to again, however often its heads are made.
-    if not sealed_files(backbone.parent, backbone.stem, backbone.suffix):
+    shared = sealed_files(backbone.parent, backbone.stem, backbone.suffix)
+    if not shared:
         with sealed_file(backbone) as part:
             save_file(body, part, metadata={"format": "pt"})
-    (shared, *_) = sealed_files(backbone.parent, backbone.stem, backbone.suffix)
+        shared = sealed_files(backbone.parent, backbone.stem, backbone.suffix)
     names = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
     with fresh_folder(folder) as beside:
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
-        os.link(shared, beside / names[0])
+        os.link(shared[0], beside / names[0])
         save_file(head, beside / names[1], metadata={"format": "pt"})
         index = {
             "metadata": {"total_size": sum(t.numel() * t.element_size() for t in state.values())},

@@ -58,6 +58,13 @@ def examples_of(
     return out
 
 
+def training_examples(run: Run, method: str) -> list[DistillExample]:
+    """What a method is trained on, as its options say."""
+    options, needs = run.config.distill.of(method), run.config.row(method).needs_rewards
+    own = options.members if needs else None
+    return examples_of(run, "train", rewards=needs, members=own, in_4bit=options.load_in_4bit)
+
+
 def _from_reference(run: Run, group: PromptGroup) -> list[int]:
     """Responses over which forward KL is estimated: the sampled ones, or the data's own where they were drawn so.
 
@@ -113,9 +120,7 @@ def train_policy(run: Run, method: str, fingerprint: str) -> tuple[list[Path], s
     options = run.config.distill.of(method)
     folder = run.policy_path(method)
     work = run.work_path(f"distill-{method}", fingerprint)
-    needs = run.config.row(method).needs_rewards
-    own = options.members if needs else None
-    examples = examples_of(run, "train", rewards=needs, members=own, in_4bit=options.load_in_4bit)
+    examples = training_examples(run, method)
     transformers.set_seed(run.config.seed)
     policy = new_policy(run, options)
     arguments = arguments_of(run, method, work, policy, examples)

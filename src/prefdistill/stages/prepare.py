@@ -148,8 +148,7 @@ def make_start(run: Run, fingerprint: str) -> tuple[list[Path], str]:
     """start/: pi_ref as an ordinary folder, after the supervised start where one is asked for."""
     options, name, trust = run.config.sft, run.config.model, run.config.trust_remote_code
     if not options.enabled:
-        policy = load_policy(name, trust_remote_code=trust)
-        ranks.from_main(save_model, policy, run.tokenizer, run.start_path)
+        ranks.from_main(lambda: save_model(load_policy(name, trust_remote_code=trust), run.tokenizer, run.start_path))
         return [run.start_path], "the starting policy, which is the reference"
     folder = run.work_path("start", fingerprint)
     trees, too_long = _demonstrations(run)
