@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch.distributed as dist
+import transformers
 
 from prefdistill.cli import parse
 from prefdistill.stages.bases import new_policy
@@ -23,6 +24,7 @@ from prefdistill.training.distill import DistillTrainer
 def main(folder: str, method: str, out: str) -> None:
     run = Run(parse("run", [f"{folder}/config.yaml", "--output_dir", folder]))
     examples = training_examples(run, method)
+    transformers.set_seed(run.config.seed)  # an adapter starts at random
     policy = new_policy(run, run.config.distill.of(method))
     arguments = arguments_of(run, method, Path(out), policy, examples)
     arguments.per_device_train_batch_size //= arguments.world_size  # the option is a whole step's batch
@@ -30,6 +32,7 @@ def main(folder: str, method: str, out: str) -> None:
     trainer.train()
     trainer.save_model(out)
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 

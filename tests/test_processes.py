@@ -21,7 +21,11 @@ HERE = Path(__file__).parent
 
 
 def launch(processes: int, *arguments: str) -> subprocess.Popen:
-    command = [str(HERE / "two_processes.py"), *arguments]
+    return started(processes, str(HERE / "two_processes.py"), *arguments)
+
+
+def started(processes: int, *command: str) -> subprocess.Popen:
+    """A script with its arguments, in so many processes."""
     if processes > 1:
         command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *command]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "CUDA_VISIBLE_DEVICES": ""}
@@ -174,6 +178,20 @@ def test_two_processes_go_on_where_they_were_stopped(runs, made):
     assert "distill:e-dpo: training" in said
     for name in ("policy/e-dpo/model.safetensors", "policy/e-dpo/history.json", "evaluation/samples/e-dpo.json"):
         assert (stopped / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_the_example_takes_the_steps_of_the_run(runs, tmp_path):
+    """examples/distributed.py in two processes, on the columns that one process scored."""
+    folder, _ = runs
+    arguments = [str(HERE.parent / "examples" / "distributed.py"), str(folder / "1"), "e-dpo", str(tmp_path / "out")]
+    done(started(2, *arguments))
+    last = max((tmp_path / "out").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    lines = [h for h in json.loads((last / "trainer_state.json").read_text())["log_history"] if "loss" in h]
+    history = json.loads((folder / "1" / "policy" / "e-dpo" / "history.json").read_text())
+    assert len(lines) == len(history) > 4
+    for line, of_run in zip(lines, history, strict=True):
+        assert line == pytest.approx(of_run, rel=1e-4, abs=1e-5)
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
 def test_what_a_launch_cannot_do_is_said(data, model_folder, tmp_path, monkeypatch, capsys):  # noqa: F811
