@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 import pytest
 
-from crash.flips import Missed, Scene, here, strike
+from crash.flips import Missed, Scene, here, strike, table
 from prefdistill.manifest import Manifest
 
 
@@ -41,3 +42,17 @@ def test_damage_that_is_not_looked_for_is_told(scenes, monkeypatch):
     (weights,) = [f for f in scene.files["weights"] if f.parts[0] == "policy"]
     with pytest.raises(Missed, match=r"policy/.*the result differs in policy/"):
         strike(weights, "flip", random.Random(0), scene)
+
+
+def test_the_backbone_may_go_and_not_change(scenes):
+    """Members hold its weights too: lost as a file of its own it is no loss, and damaged it is damage to them."""
+    scene = scenes["finished"]
+    (backbone,) = [f for f in scene.files["weights"] if f.name.startswith("backbone-")]
+    for how, expected in (("gone", "not read"), ("flip", "computed again")):
+        scene.fresh()
+        assert strike(backbone, how, random.Random(0), scene) == expected
+
+
+def test_the_table_sums_up():
+    said = table(Counter({("weights", "missed"): 1, ("manifest", "refused"): 2, ("seal", "not read"): 3}))
+    assert said.splitlines()[-1] == "6 damaged, 2 found, 3 not read, 1 missed"
