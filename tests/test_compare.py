@@ -132,6 +132,7 @@ def test_the_verdict_says_no_more_than_the_interval(low, high, said):
     [
         (0.2, 0.01, "it is better than dpo by 0.20 (p = 0.010)"),
         (-0.2, 0.01, "it is worse than dpo by 0.20 (p = 0.010)"),
+        (0.2, 1e-5, "it is better than dpo by 0.20 (p < 0.001)"),
         (0.2, 0.3, "no difference shown from dpo (+0.20, p = 0.30)"),
     ],
 )

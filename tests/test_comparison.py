@@ -11,7 +11,8 @@ import pytest
 from prefdistill import RunConfig, pipeline
 from prefdistill.cli import main
 from prefdistill.data.bias import biased_groups, common_size, length_biased, longer_chosen
-from prefdistill.data.table import PromptGroup, Response, read_groups
+from prefdistill.data.group_files import read_groups
+from prefdistill.data.table import PromptGroup, Response
 from prefdistill.errors import ConfigError, DataError
 from prefdistill.experiments.comparison import Comparison, collect, run_comparison, run_folder
 from test_pipeline import model_folder, rows, small  # noqa: F401

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from prefdistill.data.formats import load_pairs
-from prefdistill.data.table import SPLITS, assign_splits, text_key
+from prefdistill.data.grouping import assign_splits
+from prefdistill.data.table import SPLITS, text_key
 from prefdistill.embedded.oracle import score
 from prefdistill.models.loading import ADAPTER, EMBEDDED_POLICY, load_policy, load_tokenizer, save_model
 from prefdistill.stages.prepare import EMBEDDED_PAIRS

@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from prefdistill import pipeline
-from prefdistill.data.table import read_groups
+from prefdistill.data.group_files import read_groups
 from prefdistill.errors import ConfigError, DataError
 from prefdistill.evaluation import sampling
 from prefdistill.models.backbone import backbone_of

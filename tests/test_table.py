@@ -15,21 +15,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefdistill.data.formats import Pair, to_pair
+from prefdistill.data.group_files import read_groups, write_groups, write_scored
+from prefdistill.data.grouping import assign_splits, group_pairs
 from prefdistill.data.table import (
     SPLITS,
     PromptGroup,
     Response,
     add_drawn,
-    assign_splits,
-    group_pairs,
-    in_split,
     plain_text,
-    read_groups,
+    prompt_key,
     response_key,
     response_lengths,
-    text_key,
-    write_groups,
-    write_scored,
 )
 from prefdistill.data.tokenise import Encoder
 from prefdistill.errors import DataError
@@ -50,7 +46,7 @@ def pair(prompt="p", chosen="c", rejected="r", where="row 1", **extra) -> Pair:
 
 
 def grouped(pairs, **encoder):
-    return group_pairs(pairs, Encoder(TOKENIZER, **encoder), splits={text_key(p.prompt): "train" for p in pairs})
+    return group_pairs(pairs, Encoder(TOKENIZER, **encoder), splits={prompt_key(p.prompt): "train" for p in pairs})
 
 
 def user(text):
@@ -116,7 +112,7 @@ def test_what_is_left_out_or_cut_is_counted():
 
 def test_prompts_that_are_one_to_the_model_stand_in_one_split():
     pairs = [pair("early prompt", "a", "b"), pair("other prompt", "b", "c"), pair("x", "a", "b")]
-    splits = {text_key("early prompt"): "test", text_key("other prompt"): "train", text_key("x"): "train"}
+    splits = {prompt_key("early prompt"): "test", prompt_key("other prompt"): "train", prompt_key("x"): "train"}
     groups, _ = group_pairs(pairs, Encoder(TOKENIZER, max_prompt_tokens=6), splits=splits)
     assert [(g.prompt, g.split, len(g.pairs)) for g in groups] == [("early prompt", "test", 2), ("x", "train", 1)]
     whole, _ = group_pairs(pairs, Encoder(TOKENIZER, max_prompt_tokens=60), splits=splits)
@@ -205,7 +201,7 @@ group_strategy = st.builds(
 def test_files_give_back_what_was_written(tmp_path_factory, groups):
     path = tmp_path_factory.mktemp("table") / "new folder" / "prompts.parquet"
     write_groups(path, groups, {"note": "kept"})
-    assert read_groups(path) == groups
+    assert list(read_groups(path)) == list(groups)
     assert pq.read_schema(path).metadata[b"note"] == b"kept"
     assert [p.name for p in path.parent.iterdir()] == ["prompts.parquet"]
 
@@ -216,7 +212,7 @@ def test_encoded_groups_survive_the_file(tmp_path):
     )
     write_groups(tmp_path / "g.parquet", groups)
     back = read_groups(tmp_path / "g.parquet")
-    assert back == groups
+    assert list(back) == list(groups)
     assert [g.keys for g in back] == [g.keys for g in groups]
 
 
@@ -226,7 +222,8 @@ def test_scored_pairs_are_rows_of_their_own(forms, tmp_path):
     chats = [pair(user("q"), assistant("a"), assistant("b"), split="train")]
     groups, _ = grouped({"texts": pairs, "chats": chats, "both": pairs + chats}[forms])
     numbers = [np.arange(len(g.responses), dtype=float) for g in groups]
-    write_scored(tmp_path / "s.parquet", groups, [-x for x in numbers], [numbers, [10 * x for x in numbers]])
+    logps = {g.ids: -x for g, x in zip(groups, numbers, strict=True)}
+    write_scored(tmp_path / "s.parquet", groups, lambda g: logps[g.ids], [numbers, [10 * x for x in numbers]])
     rows = pq.read_table(tmp_path / "s.parquet").to_pylist()
     assert len(rows) == sum(len(g.pairs) for g in groups)
     read = json.loads if forms == "both" else lambda text: text
@@ -253,7 +250,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     broken = PromptGroup("p", ("no id",), "train", {})
     with pytest.raises(Exception, match="no id"):
         write_groups(path, [broken])
-    assert read_groups(path) == groups
+    assert list(read_groups(path)) == list(groups)
     assert [p.name for p in tmp_path.iterdir()] == ["g.parquet"]
 
 
@@ -271,10 +268,10 @@ def test_splits_have_their_sizes_and_share_no_prompt(fractions):
     expected = {name: max(1, round(share * 100)) for name, share in fractions.items()}
     assert counts == {**expected, "train": 100 - sum(expected.values())}
     groups, _ = group_pairs(many(200), Encoder(TOKENIZER), splits=splits)
-    by_split = [{g.prompt for g in in_split(groups, s)} for s in SPLITS]
+    by_split = [{g.prompt for g in groups.of(s)} for s in SPLITS]
     assert sum(map(len, by_split)) == len(set.union(*by_split)) == 100
-    assert all(splits[text_key(g.prompt)] == g.split for g in groups)
-    assert in_split(groups, "train", "test") == [g for g in groups if g.split in ("train", "test")]
+    assert all(splits[prompt_key(g.prompt)] == g.split for g in groups)
+    assert list(groups.of("train", "test")) == [g for g in groups if g.split in ("train", "test")]
 
 
 def test_splits_hang_on_the_seed_and_not_on_the_order_of_rows():
@@ -288,7 +285,7 @@ def test_splits_hang_on_the_seed_and_not_on_the_order_of_rows():
 def test_the_rows_own_split_is_respected():
     own = {f"prompt {i}": SPLITS[i % 4] for i in range(100)}
     pairs = [pair(p, "a", "b", split=s) for p, s in own.items()]
-    assert assign_splits(pairs, {**FRACTIONS, "judge": 0.2}, seed=0) == {text_key(p): s for p, s in own.items()}
+    assert assign_splits(pairs, {**FRACTIONS, "judge": 0.2}, seed=0) == {prompt_key(p): s for p, s in own.items()}
 
 
 def test_a_split_that_the_rows_do_not_name_is_drawn_from_their_training_prompts():
@@ -305,7 +302,7 @@ def test_a_split_that_the_rows_do_not_name_is_drawn_from_their_training_prompts(
     pairs = [pair(f"prompt {i}", split="test" if i < 30 else "train") for i in range(80)]
     splits = assign_splits(pairs, FRACTIONS, seed=0)
     assert Counter(splits.values()) == {"train": 45, "validation": 5, "test": 30}
-    assert all(splits[text_key(f"prompt {i}")] == "test" for i in range(30))
+    assert all(splits[prompt_key(f"prompt {i}")] == "test" for i in range(30))
 
 
 @pytest.mark.parametrize(

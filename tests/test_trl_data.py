@@ -22,7 +22,8 @@ from trl import DPOConfig, DPOTrainer, data_utils
 import tiny_tokenizers as make
 from prefdistill import pipeline
 from prefdistill.data.formats import Pair, load_pairs, to_pair
-from prefdistill.data.table import group_pairs, text_key
+from prefdistill.data.grouping import group_pairs
+from prefdistill.data.table import prompt_key, text_key
 from prefdistill.data.tokenise import Encoder
 from prefdistill.errors import DataError
 from test_formats import HI, assistant, implicit, pair_row, system, user
@@ -332,7 +333,7 @@ def test_what_a_template_is_given_besides_is_refused_and_the_remedy_works(column
         (theirs,) = trl_ids([row | columns], encoder.tokenizer)
         assert list(encoder.prompt_ids(rendered["prompt"]).ids) == theirs["prompt_ids"]
     pair = to_pair(rendered, WHERE)
-    (group,), _ = group_pairs([pair], encoder, splits={text_key(pair.prompt): "train"})
+    (group,), _ = group_pairs([pair], encoder, splits={prompt_key(pair.prompt): "train"})
     assert encoder.tokenizer.decode(group.ids) == rendered["prompt"]
     assert [encoder.tokenizer.decode(r.ids) for r in group.responses] == ["Blue.<|im_end|>", "Red.<|im_end|>"]
 

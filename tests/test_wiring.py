@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from prefdistill import pipeline
-from prefdistill.data.table import in_split, read_groups
+from prefdistill.data.group_files import read_groups
 from prefdistill.evaluation.sampling import SamplingOptions, sample
 from prefdistill.stages.distill import examples_of
 from prefdistill.stages.prepare import _demonstrations
@@ -75,7 +75,7 @@ def read(run, name):
 
 
 def held_out(run):
-    return in_split(read_groups(run.groups_path), "test")
+    return list(read_groups(run.groups_path).of("test"))
 
 
 def logp(model, prompt, response) -> float:
@@ -129,7 +129,7 @@ def test_divergences_and_levels(ran, method):
         expected = np.mean([sign * change(g, s) for g, d in zip(groups, own, strict=True) for s in d])
         assert figures[key]["mean"] == pytest.approx(expected, abs=1e-4)
     assert figures["kl_policy_ref"]["mean"] > 0.05
-    trained = [g for g in in_split(ran.groups, "train") if g.pairs][: ran.config.evaluate.chosen_prompts]
+    trained = [g for g in ran.groups.of("train") if g.pairs][: ran.config.evaluate.chosen_prompts]
     for key, where in (("chosen_logp_change", trained), ("heldout_chosen_logp_change", groups)):
         expected = np.mean([change(g, g.responses[c].ids) for g in where for c, _ in g.pairs])
         assert figures[key] == pytest.approx(expected, abs=1e-4)
@@ -162,7 +162,7 @@ def best_factor(m):
 def test_members_are_calibrated_on_validation_pairs_and_judged_on_test_pairs(ran):
     groups = read_groups(ran.groups_path)
     for k in range(2):
-        parts = {s: in_split(groups, s) for s in ("train", "validation", "test")}
+        parts = {s: list(groups.of(s)) for s in ("train", "validation", "test")}
         found = {s: margins(rewards_of(ran.member_path(k), p), p) for s, p in parts.items()}
         assert best_factor(found["validation"]) == pytest.approx(1.0, abs=0.02)
         assert abs(best_factor(found["train"]) - 1) > 0.05
@@ -185,7 +185,7 @@ def test_scored_pairs_hold_centred_rewards(ran):
 def test_rewards_of_samples_stand_beside_those_of_labelled_responses(ran):
     """The share outside the range, and what the ensemble asks for where it agrees, from the members' folders."""
     groups, end = ran.groups, ran.config.distill.of("dp-dpo").beta
-    train, test = in_split(groups, "train"), in_split(groups, "test")
+    train, test = list(groups.of("train")), list(groups.of("test"))
     shares, drawn_rewards, agreed = [], [], []
     for k in range(2):
         model = transformers.AutoModelForSequenceClassification.from_pretrained(ran.member_path(k))
@@ -235,7 +235,7 @@ def test_forward_kl_counts_a_response_as_often_as_it_was_drawn(ran):
 
 def test_the_supervised_start_reads_chosen_responses(ran):
     trees, too_long = _demonstrations(ran)
-    groups = in_split(read_groups(ran.groups_path), "train")
+    groups = list(read_groups(ran.groups_path).of("train"))
     assert too_long == 0
     for tree, g in zip(trees, groups, strict=True):
         assert set(tree.responses) == {g.responses[c].ids for c, _ in g.pairs}
@@ -249,10 +249,10 @@ def test_the_judge_learns_from_pairs_of_its_own(ran, model_folder):  # noqa: F81
     pipeline.run(config, until="judge")
     run = Run(config)
     groups = read_groups(run.groups_path)
-    counts = {s: sum(len(g.pairs) for g in in_split(groups, s)) for s in ("train", "judge", "validation", "test")}
+    counts = {s: sum(len(g.pairs) for g in groups.of(s)) for s in ("train", "judge", "validation", "test")}
     assert len(set(counts.values())) == 4
     facts = json.loads((run.judge_path / "training.json").read_text())
     member = json.loads((run.member_path(0) / "training.json").read_text())
     assert (facts["pairs"], member["pairs"]) == (counts["judge"], counts["train"])
-    own = in_split(groups, "judge")
+    own = list(groups.of("judge"))
     assert np.logaddexp(0, -margins(rewards_of(run.judge_path, own), own)).mean() < log(2)

@@ -101,8 +101,8 @@ def _command(command: str, argv: list[str]) -> int:
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         print(
-            f"prefdistill: the disk is full ({reason}); what was finished is kept: make room, and the same command "
-            "goes on",
+            f"prefdistill: the disk is full ({reason}); what was finished is kept: make room (there, or where "
+            "temporary files go, $TMPDIR), and the same command goes on",
             file=sys.stderr,
         )
         return 2

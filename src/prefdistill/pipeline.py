@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from prefdistill import ranks
 from prefdistill.config import RunConfig
-from prefdistill.data.table import TABLE_FORMAT, PromptGroup, in_split
+from prefdistill.data.group_files import TABLE_FORMAT
+from prefdistill.data.table import Groups
 from prefdistill.errors import ConfigError
 from prefdistill.evaluation.engine import check_vllm
 from prefdistill.evaluation.judges import is_oracle, load_oracle, oracle_fingerprint
@@ -91,9 +92,7 @@ def run(config: RunConfig, *, until: str | None = None) -> Path:
         return _run(job, until, lambda: prepare.make_data(job, groups, dropped, bad), source, groups)
 
 
-def _run(
-    job: Run, until: str | None, make_data: Callable[[], Outcome], source: str, groups: Sequence[PromptGroup]
-) -> Path:
+def _run(job: Run, until: str | None, make_data: Callable[[], Outcome], source: str, groups: Groups) -> Path:
     """What is missing of the stages, by processes of which the first holds the directory."""
     manifest = Manifest(job.root)
     stages = plan(job, manifest, make_data, source)
@@ -110,7 +109,7 @@ def _run(
         _say(f"nothing to do: all {len(stages)} stages of {job.root} are done")
         return job.root
     began, spent, worked = time.monotonic(), 0.0, 0.0
-    guess = _seconds_a_pass(job, in_split(groups, "train"))
+    guess = _seconds_a_pass(job, groups.of("train"))
     for number, stage in enumerate(stages, start=1):
         if stage not in todo:
             _say(f"[{number}/{len(stages)}] {stage.name}: done before")
@@ -373,9 +372,9 @@ def _data_fingerprint(config: RunConfig, job: Run) -> str:
     return file_fingerprint(path) if path.exists() else fingerprint_of(config.data, config.dataset.split)
 
 
-def _seconds_a_pass(job: Run, groups: Sequence[PromptGroup]) -> float | None:
+def _seconds_a_pass(job: Run, groups: Groups) -> float | None:
     config = load_config(job.config.model, trust_remote_code=job.config.trust_remote_code)
-    return forward_seconds(config, sum(g.tree.tokens for g in groups), job.device, job.config.precision)
+    return forward_seconds(config, sum(t.tokens for t in groups.trees), job.device, job.config.precision)
 
 
 def _minutes(seconds: float) -> str:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch import nn
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from prefdistill import ranks
+from prefdistill.data.keyed import Keyed
 from prefdistill.data.table import response_key
 from prefdistill.data.tree import Tree, batches_by_tokens
 from prefdistill.errors import ConfigError, DataError
@@ -59,7 +61,7 @@ class Column:
     def __init__(self, folder: Path, fingerprint: str) -> None:
         self.folder = folder
         self.fingerprint = fingerprint
-        self.values: dict[str, np.ndarray] = {}
+        self.values = Keyed()
         self.next = 0  # number of the next shard
         self._stale: list[Path] = []
         self._known: set[Path] = set()
@@ -81,7 +83,7 @@ class Column:
             if found is None:
                 self._stale.append(shard)
             else:
-                self.values.update(found)
+                self.values.put(*found)
 
     @property
     def stale_shards(self) -> int:
@@ -99,7 +101,7 @@ class Column:
         with sealed_file(self.folder / f"shard-{number:05d}.parquet") as part:
             pq.write_table(pa.table([pa.array(keys), pa.array(data, type=kind)], schema=schema), part)
         self.next = max(self.next, number + 1)
-        self.values.update(zip(keys, values.astype(np.float64), strict=True))
+        self.values.put(keys, values)
 
     def of(self, tree: Tree) -> np.ndarray:
         """The tree's values, [R] or [R, width], in its order.
@@ -117,19 +119,19 @@ class Column:
         return np.stack([self.values[k] for k in keys])
 
 
-def _read_shard(shard: Path, fingerprint: str) -> dict[str, np.ndarray] | None:
-    """Key -> value of a shard; None if another model's."""
+def _read_shard(shard: Path, fingerprint: str) -> tuple[list[str], np.ndarray] | None:
+    """Keys and values [n] or [n, width] of a shard; None if another model's."""
     table = pq.read_table(shard)
     if (table.schema.metadata or {}).get(b"fingerprint") != fingerprint.encode():
         return None
-    return dict(zip(table["key"].to_pylist(), _as_array(table["value"].combine_chunks()), strict=True))
+    return table["key"].to_pylist(), _as_array(table["value"].combine_chunks())
 
 
 def _as_array(values: pa.Array) -> np.ndarray:
-    """[n] or [n, width] float64, without a Python object a number."""
+    """[n] or [n, width], without a Python object a number."""
     if pa.types.is_fixed_size_list(values.type):
-        return values.flatten().to_numpy().reshape(len(values), -1).astype(np.float64)
-    return values.to_numpy().astype(np.float64)
+        return values.flatten().to_numpy().reshape(len(values), -1)
+    return values.to_numpy()
 
 
 def model_fingerprint(folder_or_id: str, *parts: object) -> str:
@@ -194,7 +196,9 @@ def fill_columns(
 ) -> int:
     """Computes what the columns lack, in length-sorted tree batches; returns how many responses were computed.
 
-    Several processes take the shards in turn: batches, values and the shards' order are those of one process.
+    Trees are read as they are computed, so that they need not fit into memory; what is kept of those that lack a value
+    is where they stand. Several processes take the shards in turn: batches, values and the shards' order are those of
+    one process.
 
     Args:
         columns: what `forward` returns by name -> the column that keeps it.
@@ -206,6 +210,7 @@ def fill_columns(
         DataError: a value is not finite; the message says how many and what to look at.
     """
     missing = _missing(columns, trees)
+    count = sum(len(part.responses) for part in missing)
     ranks.wait()  # nobody writes before all have seen what is missing
     if not missing:
         return 0
@@ -213,18 +218,19 @@ def fill_columns(
     model.model.eval()
     if isinstance(model, SequenceModel):
         # It repeats the prompt for every response: the budget must count it as often.
-        missing = [Tree(t.prompt_ids, (r,)) for t in missing for r in t.responses]
+        missing = [p for part in missing for p in part.apart(trees)]
     shards = list(_shards(missing, token_budget))
     first = {name: column.next for name, column in columns.items()}
     total = sum(t.tokens for t in missing)
     with progress(total, "tokens") as tick:
         for number, group in enumerate(shards):
             if number % ranks.count() != ranks.rank():
-                tick(sum(t.tokens for batch in group for t in batch))
+                tick(sum(part.tokens for batch in group for part in batch))
                 continue
             keys: list[str] = []
             values: dict[str, list[np.ndarray]] = {name: [] for name in columns}
-            for trees_of_batch in group:
+            for parts in group:
+                trees_of_batch = [part.tree(trees) for part in parts]
                 batch = model.collate(trees_of_batch, pool_pad_id=_pool_pad(model) if pool else pool_pad_id)
                 with torch.inference_mode(), autocast(precision, device_of(model.model)):
                     out = forward(model, batch)
@@ -245,7 +251,7 @@ def fill_columns(
         ranks.wait()
         for column in columns.values():
             column.refresh()
-    return sum(len(t.responses) for t in missing)
+    return count
 
 
 def _scorer(model: nn.Module) -> TreeModel | SequenceModel:
@@ -258,24 +264,48 @@ def _pool_pad(model: TreeModel | SequenceModel) -> int | None:
     return None if pad is None else int(pad)
 
 
-def _missing(columns: dict[str, Column], trees: Sequence[Tree]) -> list[Tree]:
-    """What some column lacks, a tree a prompt, each response once."""
-    lacking: dict[tuple[int, ...], dict[tuple[int, ...], None]] = {}
-    for tree in trees:
-        for r in tree.responses:
+@dataclass(frozen=True)
+class _Part:
+    """Responses to one prompt that lack a value, by tree and place in it, and the tokens that they take."""
+
+    responses: tuple[tuple[int, int], ...]
+    tokens: int
+
+    def tree(self, trees: Sequence[Tree]) -> Tree:
+        found = {i: trees[i] for i in dict.fromkeys(i for i, _ in self.responses)}
+        prompt = next(iter(found.values())).prompt_ids
+        return Tree(prompt, tuple(found[i].responses[j] for i, j in self.responses))
+
+    def apart(self, trees: Sequence[Tree]) -> list[_Part]:
+        """A part a response."""
+        whole = self.tree(trees)
+        alone = (len(whole.prompt_ids) + len(r) for r in whole.responses)
+        return [_Part((place,), tokens) for place, tokens in zip(self.responses, alone, strict=True)]
+
+
+def _missing(columns: dict[str, Column], trees: Sequence[Tree]) -> list[_Part]:
+    """What some column lacks, a part a prompt, each response once."""
+    lacking: dict[str, list[tuple[int, int]]] = {}
+    tokens: dict[str, int] = {}
+    seen: set[str] = set()
+    for i, tree in enumerate(trees):
+        prompt = response_key(tree.prompt_ids, ())
+        for j, r in enumerate(tree.responses):
             key = response_key(tree.prompt_ids, r)
-            if any(key not in c.values for c in columns.values()):
-                lacking.setdefault(tree.prompt_ids, {})[r] = None
-    return [Tree(prompt, tuple(responses)) for prompt, responses in lacking.items()]
+            if key not in seen and any(key not in c.values for c in columns.values()):
+                seen.add(key)
+                lacking.setdefault(prompt, []).append((i, j))
+                tokens[prompt] = tokens.get(prompt, len(tree.prompt_ids)) + len(r)
+    return [_Part(tuple(places), tokens[prompt]) for prompt, places in lacking.items()]
 
 
-def _shards(trees: Sequence[Tree], token_budget: int) -> Iterator[list[list[Tree]]]:
-    shard: list[list[Tree]] = []
+def _shards(parts: Sequence[_Part], token_budget: int) -> Iterator[list[list[_Part]]]:
+    shard: list[list[_Part]] = []
     tokens = 0
-    for indices in batches_by_tokens(trees, token_budget):
-        batch = [trees[i] for i in indices]
+    for indices in batches_by_tokens(parts, token_budget):
+        batch = [parts[i] for i in indices]
         shard.append(batch)
-        tokens += sum(t.tokens for t in batch)
+        tokens += sum(part.tokens for part in batch)
         if tokens >= SHARD_TOKENS:
             yield shard
             shard, tokens = [], 0

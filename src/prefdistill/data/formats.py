@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -63,7 +63,12 @@ class Pair:
     extra: dict[str, Any]
 
 
-def load_pairs(
+def load_pairs(source: str, **options: Any) -> list[Pair]:
+    """All that `iter_pairs` yields, with its arguments."""
+    return list(iter_pairs(source, **options))
+
+
+def iter_pairs(
     source: str,
     *,
     split: str = "train",
@@ -72,10 +77,11 @@ def load_pairs(
     limit: int | None = None,
     both_orders: str = "stop",
     on_bad_row: Callable[[str, DataError], None] | None = None,
-) -> list[Pair]:
-    """The pairs of a file, folder or hub data set (see `sources.read_rows`), from at most `limit` rows.
+) -> Iterator[Pair]:
+    """The pairs of a file, folder or hub data set (see `sources.read_rows`), one after the other.
 
     Args:
+        limit: how many rows are read at most.
         both_orders: "stop": a pair whose responses stood before in the other order is a bad row; "keep": people may
             disagree.
         on_bad_row: told of each row that cannot be used (where, why), which is then left out; None: the first stops
@@ -87,7 +93,6 @@ def load_pairs(
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit is {limit}: give at least 1, or leave it out to read every row.")
-    pairs: list[Pair] = []
     seen: dict[bytes, str] = {}
     rows = read_rows(source, split=split, config_name=config_name, data_dir=data_dir, on_bad_line=on_bad_row)
     for where, row in islice(rows, limit):
@@ -95,12 +100,12 @@ def load_pairs(
             pair = to_pair(row, where)
             if both_orders == "stop":
                 _check_order(pair, seen)
-            pairs.append(pair)
         except DataError as error:
             if on_bad_row is None:
                 raise
             on_bad_row(where, error)
-    return pairs
+            continue
+        yield pair
 
 
 def _check_order(pair: Pair, seen: dict[bytes, str]) -> None:

@@ -21,7 +21,7 @@ class GivenRewards:
     def __init__(self, name: str) -> None:
         self.columns = (f"{name}_chosen", f"{name}_rejected")
         self._first: tuple[int, str] | None = None  # how many a response has, and the row that said so
-        self._seen: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[Values, str]] = {}
+        self._seen: dict[str, tuple[Values, str]] = {}
 
     def of(self, pair: Pair) -> tuple[Values, Values]:
         """The rewards of the chosen and of the rejected response, one for each member.
@@ -45,9 +45,9 @@ class GivenRewards:
                 )
         return chosen, rejected
 
-    def check_same(self, prompt: tuple[int, ...], response: tuple[int, ...], values: Values, where: str) -> None:
-        """Raises DataError where another row gave this response to this prompt another reward."""
-        known, earlier = self._seen.setdefault((prompt, response), (values, where))
+    def check_same(self, response: str, values: Values, where: str) -> None:
+        """Raises DataError where another row gave other rewards to this response, known by its `response_key`."""
+        known, earlier = self._seen.setdefault(response, (values, where))
         if known != values:
             raise DataError(
                 f"{' and '.join(self.columns)}: a response has the rewards {list(values)} here and {list(known)} in "

@@ -9,23 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from prefdistill.atomic import fresh_file
-from prefdistill.data.formats import Pair, Text
-from prefdistill.data.given import GivenRewards
-from prefdistill.data.tokenise import Encoder
+from prefdistill.data.formats import Text
+from prefdistill.data.on_disk import View
 from prefdistill.data.tree import Tree
-from prefdistill.errors import DataError
 
-TABLE_FORMAT = 2  # of the files of `write_groups`; a change makes those of earlier versions stale
 NAME_LENGTH = 60
 SPLITS = ("train", "validation", "judge", "test")
 
@@ -84,13 +77,47 @@ class PromptGroup:
         return len(self.responses) - 1
 
 
-@dataclass(frozen=True)
-class Dropped:
-    """What encoding left out or cut, for the log and the report."""
+class Groups(Sequence[PromptGroup]):
+    """Prompts, which may lie on disk, and their splits, which are known without reading them.
 
-    pairs_too_long: int
-    prompts_cut: int
-    same_tokens: int
+    An item is made anew at every access: to change one changes nothing here.
+    """
+
+    def __init__(self, items: Sequence[PromptGroup], splits: Sequence[str]) -> None:
+        self._items, self.splits = items, splits
+
+    def __len__(self) -> int:
+        return len(self.splits)
+
+    @overload
+    def __getitem__(self, i: int) -> PromptGroup: ...
+    @overload
+    def __getitem__(self, i: slice) -> Groups: ...
+    def __getitem__(self, i: int | slice) -> PromptGroup | Groups:
+        return self.at(range(len(self))[i]) if isinstance(i, slice) else self._items[i]
+
+    def __iter__(self) -> Iterator[PromptGroup]:
+        return iter(self._items)
+
+    def at(self, indices: Sequence[int]) -> Groups:
+        """Those at these places, in their order."""
+        return Groups(View(self._items, lambda group: group, indices), [self.splits[i] for i in indices])
+
+    def places(self, *splits: str) -> list[int]:
+        """Where the prompts of these splits stand."""
+        return [i for i, split in enumerate(self.splits) if split in splits]
+
+    def of(self, *splits: str) -> Groups:
+        return self.at(self.places(*splits))
+
+    @property
+    def trees(self) -> Sequence[Tree]:
+        """Every prompt's tree, in order."""
+        return View(self, lambda group: group.tree)
+
+
+def in_memory(groups: Sequence[PromptGroup]) -> Groups:
+    return Groups(groups, [g.split for g in groups])
 
 
 def response_key(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> str:
@@ -105,122 +132,9 @@ def text_key(text: Text) -> str:
     return json.dumps(text, ensure_ascii=False, sort_keys=True)
 
 
-def group_pairs(
-    pairs: Iterable[Pair],
-    encoder: Encoder,
-    *,
-    splits: dict[str, str],
-    on_bad: Callable[[str, DataError], None] | None = None,
-    given: str | None = None,
-) -> tuple[list[PromptGroup], Dropped]:
-    """Pairs to prompt groups in the order of first appearance; pairs with a response too long are dropped, counted.
-
-    Prompts that are the same to the model, cut ones that differ only where they were cut, make one group in one split.
-
-    Args:
-        splits: prompt key (`text_key`) -> split.
-        on_bad: told of a pair that cannot be encoded, which is then left out; None raises.
-        given: rewards are read from the columns `given`_chosen and `given`_rejected.
-
-    Raises:
-        DataError: a pair cannot be encoded, a response has an end token in its middle, where a policy would stop, or
-            its given rewards are not finite, not as many as others', or not those of another row.
-    """
-    groups: dict[tuple[bool, tuple[int, ...]], PromptGroup] = {}
-    group_of: dict[str, PromptGroup] = {}
-    too_long = same = 0
-    rewards = GivenRewards(given) if given is not None else None
-    for pair in pairs:
-        try:
-            chosen = encoder.response_ids(pair.prompt, pair.chosen)
-            rejected = encoder.response_ids(pair.prompt, pair.rejected)
-            key = text_key(pair.prompt)
-            if key not in group_of:
-                encoded = encoder.prompt_ids(pair.prompt)
-                new = PromptGroup(pair.prompt, encoded.ids, splits[key], dict(pair.extra), encoded.cut)
-                group_of[key] = groups.setdefault((isinstance(pair.prompt, str), encoded.ids), new)
-            for name, ids in (("chosen", chosen), ("rejected", rejected)):
-                _check_ends(name, ids or (), encoder)
-            of_pair = rewards.of(pair) if rewards is not None else ((), ())
-            if rewards is not None and chosen is not None and rejected is not None:
-                for ids, values in zip((chosen, rejected), of_pair, strict=True):
-                    rewards.check_same(group_of[key].ids, ids, values, pair.where)
-        except DataError as error:
-            if on_bad is None:
-                raise DataError(f"{pair.where}: {error}") from error
-            on_bad(pair.where, error)
-            continue
-        if chosen is None or rejected is None:
-            too_long += 1
-            continue
-        if chosen == rejected:
-            same += 1
-            continue
-        group = group_of[key]
-        both = ((pair.chosen, chosen, of_pair[0]), (pair.rejected, rejected, of_pair[1]))
-        first, second = (group.place(Response(text, ids, given=values)) for text, ids, values in both)
-        group.pairs.append((first, second))
-    kept = [g for g in groups.values() if g.pairs]
-    return kept, Dropped(too_long, sum(g.cut > 0 for g in kept), same)
-
-
-def _check_ends(name: str, ids: Sequence[int], encoder: Encoder) -> None:
-    inside = [i for i in ids[:-1] if i in encoder.end_ids]
-    if inside:
-        raise DataError(
-            f"column {name!r}: the text holds the end token {encoder.tokenizer.decode(inside[:1])!r}, where a policy "
-            "would stop; take it out of the text, or drop such rows with dataset.on_bad_row: drop"
-        )
-
-
-def assign_splits(pairs: Sequence[Pair], fractions: dict[str, float], seed: int) -> dict[str, str]:
-    """Prompt key -> split: the row's own `split` column where it names one, else drawn by prompt, seeded.
-
-    Splits that are asked for and that no row names are drawn from the prompts that are left to train on: TL;DR's rows,
-    for one, all say "train".
-
-    Args:
-        fractions: split -> its share of the prompts that it is drawn from; at least one prompt if above 0.
-
-    Raises:
-        DataError: no prompt is left to train on, a prompt stands in two splits, or only some rows name their split.
-    """
-    own: dict[str, str] = {}
-    keys: dict[str, None] = {}
-    unnamed: Pair | None = None
-    for pair in pairs:
-        key = text_key(pair.prompt)
-        keys[key] = None
-        given = pair.extra.get("split")
-        if given not in SPLITS:
-            unnamed = unnamed or pair
-        elif own.setdefault(key, given) != given:
-            raise DataError(
-                f"{pair.where}: its prompt stands in the split {own[key]!r} and in {given!r}; a prompt must be in "
-                "one split only, or the evaluation would be on training data"
-            )
-    if own and unnamed is not None:
-        raise DataError(
-            f"{unnamed.where}: column 'split' is {unnamed.extra.get('split')!r} while other rows name one; use one of "
-            f"{', '.join(SPLITS)} in every row, or leave the column out"
-        )
-    out = {key: split for key, split in own.items() if split != "train"}
-    free = [key for key in keys if key not in out]
-    order = sorted(free, key=lambda k: hashlib.blake2b(f"{seed}:{k}".encode(), digest_size=8).digest())
-    start = 0
-    for name in ("test", "judge", "validation"):
-        share = fractions.get(name, 0.0)
-        if share > 0 and name not in own.values():
-            count = max(1, round(share * len(order)))
-            out.update(dict.fromkeys(order[start : start + count], name))
-            start += count
-    if start >= len(order):
-        raise DataError(
-            f"{len(keys)} prompts, {len(order)} of them free for training, are too few for the splits {fractions}: "
-            "none is left to train on; give more data, or leave the column 'split' out if there is one"
-        )
-    out.update(dict.fromkeys(order[start:], "train"))
-    return out
+def prompt_key(prompt: Text) -> bytes:
+    """What a prompt is found by: 16 bytes of BLAKE2 over its text."""
+    return hashlib.blake2b(text_key(prompt).encode(), digest_size=16).digest()
 
 
 def add_drawn(group: PromptGroup, responses: Iterable[Response]) -> None:
@@ -228,126 +142,6 @@ def add_drawn(group: PromptGroup, responses: Iterable[Response]) -> None:
     for response in responses:
         i = group.place(response)
         group.responses[i] = replace(group.responses[i], drawn=group.responses[i].drawn + 1)
-
-
-# -- files ---------------------------------------------------------------------------------------------------------
-
-_RESPONSE = pa.struct(
-    [
-        ("text", pa.string()),
-        ("ids", pa.list_(pa.int32())),
-        ("finished", pa.bool_()),
-        ("source", pa.string()),
-        ("drawn", pa.int32()),
-        ("given", pa.list_(pa.float64())),
-    ]
-)
-_SCHEMA = pa.schema(
-    [
-        ("prompt", pa.string()),
-        ("ids", pa.list_(pa.int32())),
-        ("split", pa.string()),
-        ("cut", pa.int32()),
-        ("extra", pa.string()),
-        ("responses", pa.list_(_RESPONSE)),
-        ("pairs", pa.list_(pa.list_(pa.int32()))),
-    ]
-)
-
-
-def write_groups(path: Path, groups: Sequence[PromptGroup], metadata: dict[str, str] | None = None) -> None:
-    """One row a prompt; texts and extra columns as JSON, so that chat messages and plain text go the same way."""
-    rows = [
-        {
-            "prompt": text_key(g.prompt),
-            "ids": list(g.ids),
-            "split": g.split,
-            "cut": g.cut,
-            "extra": json.dumps(g.extra, ensure_ascii=False, default=str),
-            "responses": [
-                {
-                    "text": text_key(r.text),
-                    "ids": list(r.ids),
-                    "finished": r.finished,
-                    "source": r.source,
-                    "drawn": r.drawn,
-                    "given": list(r.given),
-                }
-                for r in g.responses
-            ],
-            "pairs": [list(p) for p in g.pairs],
-        }
-        for g in groups
-    ]
-    table = pa.Table.from_pylist(rows, schema=_SCHEMA.with_metadata(metadata or {}))
-    with fresh_file(path) as part:
-        pq.write_table(table, part, compression="zstd")
-
-
-def write_scored(
-    path: Path, groups: Sequence[PromptGroup], logps: Sequence[np.ndarray], rewards: Sequence[Sequence[np.ndarray]]
-) -> None:
-    """The labelled pairs with their columns, one row a pair, under TRL's names where TRL has one.
-
-    Args:
-        logps: [group] -> [R] reference log-probs.
-        rewards: [K][group] -> [R].
-    """
-    # A Parquet column has one type: where some prompts are texts and others chats, both are written as JSON.
-    one_form = len({isinstance(g.prompt, str) for g in groups}) == 1
-    shape: Callable[[Text], Any] = _for_trl if one_form else text_key
-    rows = [
-        {
-            "prompt": shape(g.prompt),
-            "chosen": shape(g.responses[c].text),
-            "rejected": shape(g.responses[r].text),
-            "split": g.split,
-            "ref_chosen_logps": float(logps[i][c]),
-            "ref_rejected_logps": float(logps[i][r]),
-            "rewards_chosen": [float(member[i][c]) for member in rewards],
-            "rewards_rejected": [float(member[i][r]) for member in rewards],
-        }
-        for i, g in enumerate(groups)
-        for c, r in g.pairs
-    ]
-    with fresh_file(path) as part:
-        pq.write_table(pa.Table.from_pylist(rows), part, compression="zstd")
-
-
-def _for_trl(text: Text) -> Any:
-    """Chat messages with role and content alone, so that all rows have one type."""
-    return text if isinstance(text, str) else [{"role": m["role"], "content": m["content"]} for m in text]
-
-
-def read_groups(path: Path) -> list[PromptGroup]:
-    groups = []
-    for row in pq.read_table(path).to_pylist():
-        groups.append(
-            PromptGroup(
-                json.loads(row["prompt"]),
-                tuple(row["ids"]),
-                row["split"],
-                json.loads(row["extra"]),
-                row["cut"],
-                [
-                    Response(
-                        json.loads(r["text"]),
-                        tuple(r["ids"]),
-                        r["finished"],
-                        r["source"],
-                        r["drawn"],
-                        tuple(r["given"]),
-                    )
-                    for r in row["responses"]
-                ],
-                [(p[0], p[1]) for p in row["pairs"]],
-            )
-        )
-    return groups
-
-
-def in_split(groups: Iterable[PromptGroup], *splits: str) -> list[PromptGroup]:
-    return [g for g in groups if g.split in splits]
 
 
 def plain_text(text: Text) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -196,7 +196,14 @@ def tree_mask(segments: Tensor, position_ids: Tensor, *, window: int | None = No
     return visible[:, None]
 
 
-def batches_by_tokens(trees: Sequence[Tree], token_budget: int) -> list[list[int]]:
+class HasTokens(Protocol):
+    """A tree, or what stands for one."""
+
+    @property
+    def tokens(self) -> int: ...
+
+
+def batches_by_tokens(trees: Sequence[HasTokens], token_budget: int) -> list[list[int]]:
     """Indices of trees, longest first, in batches whose padded size is at most `token_budget` tokens.
 
     A tree longer than the budget stands alone. Longest first, so that a budget too large for memory fails at once.

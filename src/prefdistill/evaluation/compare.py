@@ -149,7 +149,9 @@ def verdict(
             sign = 1 if test["a"] == primary else -1
             gap, p = sign * test["difference"]["mean"], test["p_value"]
             if p is not None and p < SIGNIFICANT:
-                said += f"; it is {'better' if gap > 0 else 'worse'} than {baseline} by {abs(gap):.2f} (p = {p:.3f})"
+                told = inference.p_text(p)
+                told = told if told.startswith("<") else f"= {told}"
+                said += f"; it is {'better' if gap > 0 else 'worse'} than {baseline} by {abs(gap):.2f} (p {told})"
             else:
                 said += f"; no difference shown from {baseline} ({gap:+.2f}, p = {p:.2f})" if p is not None else ""
     return said + "."

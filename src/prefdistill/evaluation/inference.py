@@ -97,6 +97,11 @@ def mcnemar_test(first: ArrayLike, second: ArrayLike) -> McNemarTest:
     return McNemarTest(ours, theirs, p)
 
 
+def p_text(p: float) -> str:
+    """A p-value to three places, or that it is below the last of them."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
 def holm(p_values: ArrayLike) -> NDArray[np.float64]:
     """p-values ``[M]`` adjusted for M comparisons so that the chance of any false discovery is bounded (Holm 1979)."""
     p = vector("p_values", p_values)

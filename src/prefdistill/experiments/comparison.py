@@ -23,7 +23,6 @@ from prefdistill import pipeline
 from prefdistill.atomic import read_json
 from prefdistill.config import RunConfig
 from prefdistill.data.bias import common_size, longer_chosen
-from prefdistill.data.table import in_split
 from prefdistill.errors import ConfigError
 from prefdistill.evaluation import inference, statistics
 from prefdistill.stages.prepare import encode_pairs, read_pairs
@@ -137,7 +136,7 @@ def _natural(job: Comparison) -> tuple[float, int | None]:
     """How often the data's own training labels prefer the longer response, and the size that all D_rho can have."""
     run = Run(job.config)
     groups, _ = encode_pairs(run, read_pairs(run)[0])
-    signs = longer_chosen(in_split(groups, "train"))
+    signs = longer_chosen(groups.of("train"))
     resampled = [rho for rho in job.ensemble if rho is not None]
     size = common_size(signs, resampled) if resampled else None
     return float((signs > 0).sum() / max(1, (signs != 0).sum())), size

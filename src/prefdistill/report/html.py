@@ -20,6 +20,8 @@ from typing import Any
 from jinja2 import ChainableUndefined, Environment, FunctionLoader, Undefined
 from markupsafe import Markup
 
+from prefdistill.evaluation.inference import p_text
+
 from . import pictures
 from .canvas import Palette, Point, is_number
 
@@ -135,10 +137,7 @@ def with_error(value: Any) -> str:
 
 
 def p_value(value: Any) -> str:
-    """A p-value to three places, or that it is below the last of them."""
-    if not is_number(value):
-        return NOT_KNOWN
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+    return p_text(value) if is_number(value) else NOT_KNOWN
 
 
 def duration(value: Any) -> str:

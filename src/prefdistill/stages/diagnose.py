@@ -52,15 +52,16 @@ def _add_ensemble(run: Run, facts: dict[str, dict[str, Any]]) -> None:
     everything, groups = run.groups, held_out_groups(run)
     # As the members give them: what is compared below must have one and the same level.
     by_member, sampled = member_rewards(run, everything, centred=False), sample_rewards(run)
-    training = [i for i, g in enumerate(everything) if g.split == "train" and g.pairs]
-    held_out = [i for i, g in enumerate(everything) if g.split == run.config.evaluate.split]
+    pairs = [g.pairs for g in everything]
+    training = [i for i in everything.places("train") if pairs[i]]
+    held_out = everything.places(run.config.evaluate.split)
     agree = of_rewards.agreeing_prompts(
-        [np.array([[r[i][c] - r[i][w] for c, w in everything[i].pairs] for r in by_member]) for i in held_out]
+        [np.array([[r[i][c] - r[i][w] for c, w in pairs[i]] for r in by_member]) for i in held_out]
     )
     start = reference_columns(run)["logps"]
 
     def of_labelled(k: int, which: list[int]) -> list[np.ndarray]:
-        return [by_member[k][i][sorted({j for pair in everything[i].pairs for j in pair})] for i in which]
+        return [by_member[k][i][sorted({j for pair in pairs[i] for j in pair})] for i in which]
 
     shares = {
         m: [

@@ -12,7 +12,7 @@ import numpy as np
 
 from prefdistill import ranks
 from prefdistill.atomic import write_json
-from prefdistill.data.table import PromptGroup, in_split
+from prefdistill.data.table import PromptGroup
 from prefdistill.evaluation.sampling import Sample, SamplingOptions
 from prefdistill.scoring import Column, model_fingerprint
 from prefdistill.seals import sealed_file, sealed_files
@@ -37,7 +37,7 @@ def samples_path(run: Run, method: str) -> Path:
 
 def held_out_groups(run: Run) -> list[PromptGroup]:
     """The prompts of evaluate.split: no policy and no member was trained on them."""
-    return in_split(run.groups, run.config.evaluate.split)
+    return list(run.groups.of(run.config.evaluate.split))
 
 
 def as_json(drawn: Iterable[Sample]) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from prefdistill.data.on_disk import View
 from prefdistill.data.table import PromptGroup
 from prefdistill.data.text_pairs import PairEncoder
 from prefdistill.data.tokenise import Encoder
@@ -68,12 +69,12 @@ def _made_of(tokenizer: Any) -> tuple[Any, ...]:
     return made, tokenizer.chat_template, tokenizer.bos_token_id, tokenizer.eos_token_id
 
 
-def member_trees(run: Run, groups: Sequence[PromptGroup], encoder: Encoder | PairEncoder) -> list[Tree]:
+def member_trees(run: Run, groups: Sequence[PromptGroup], encoder: Encoder | PairEncoder) -> Sequence[Tree]:
     """The prompts' trees in a member's own tokens, which are the policy's unless its tokenizer is another one."""
     if encoder is run.encoder:
-        return [g.tree for g in groups]
-    texts = [[r.text for r in g.responses] for g in groups]
-    return response_trees(encoder, groups, texts, [[r.finished for r in g.responses] for g in groups])
+        return View(groups, lambda g: g.tree)
+    own = encoder.without_response_bound()
+    return View(groups, lambda g: _tree(own, g, [r.text for r in g.responses], [r.finished for r in g.responses]))
 
 
 def response_trees(
@@ -86,13 +87,14 @@ def response_trees(
 
     Longer ones than dataset.max_response_tokens too: a sample is judged as it is.
     """
-    encoder = encoder.without_response_bound()
-    trees = []
-    for g, ts, fs in zip(groups, texts, finished, strict=True):
-        # A sample cut off before its first letter has no token to stand on; it is judged as one that ended at once.
-        known = [
-            encoder.response_ids(g.prompt, t, finished=f) or encoder.response_ids(g.prompt, t) or ()
-            for t, f in zip(ts, fs, strict=True)
-        ]
-        trees.append(Tree(encoder.prompt_ids(g.prompt).ids, tuple(known)))
-    return trees
+    own = encoder.without_response_bound()
+    return [_tree(own, *of_prompt) for of_prompt in zip(groups, texts, finished, strict=True)]
+
+
+def _tree(encoder: Encoder | PairEncoder, group: PromptGroup, texts: Sequence[Any], finished: Sequence[bool]) -> Tree:
+    # A sample cut off before its first letter has no token to stand on; it is judged as one that ended at once.
+    known = [
+        encoder.response_ids(group.prompt, t, finished=f) or encoder.response_ids(group.prompt, t) or ()
+        for t, f in zip(texts, finished, strict=True)
+    ]
+    return Tree(encoder.prompt_ids(group.prompt).ids, tuple(known))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from prefdistill.atomic import write_json
-from prefdistill.data.table import PromptGroup, in_split, prompt_text, response_lengths
+from prefdistill.data.table import PromptGroup, prompt_text, response_lengths
 from prefdistill.data.tree import Tree
 from prefdistill.evaluation.compare import Drawn, compare, verdict, wald_tests
 from prefdistill.evaluation.diagnosis import warnings_of
@@ -57,7 +58,7 @@ def _tree_of(group: PromptGroup, *drawn: list[Sample]) -> Tree:
 def compare_all(run: Run) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarray]]:
     """The figures of `reference` and of every method, and the scores [P, S] of their samples, the reference's 2n."""
     groups, names = held_out_groups(run), ["reference", *run.config.methods]
-    training = [g for g in in_split(run.groups, "train") if g.pairs][: run.config.evaluate.chosen_prompts]
+    training = list(islice((g for g in run.groups.of("train") if g.pairs), run.config.evaluate.chosen_prompts))
     drawn = {m: read_samples(run, m) for m in names}
     kl_drawn = {m: read_samples(run, m, "kl_samples") for m in names}
     trees = {
@@ -113,14 +114,15 @@ def ensemble_facts(run: Run) -> dict[str, Any]:
     """Held-out figures of every member and of their mean, on the pairs of evaluate.split; from columns alone."""
     groups = run.groups
     rewards = member_rewards(run, groups)
-    test = [i for i, g in enumerate(groups) if g.split == run.config.evaluate.split]
-    lengths = [response_lengths(groups[i]) for i in test]
+    test = groups.places(run.config.evaluate.split)
+    held_out_prompts = held_out_groups(run)
+    lengths = [response_lengths(g) for g in held_out_prompts]
 
     def margins(values: Sequence[np.ndarray]) -> np.ndarray:
         """Chosen less rejected over the held-out pairs, from a prompt -> [R]."""
-        return np.array([x[c] - x[r] for x, i in zip(values, test, strict=True) for c, r in groups[i].pairs])
+        return np.array([x[c] - x[r] for x, g in zip(values, held_out_prompts, strict=True) for c, r in g.pairs])
 
-    prompt_of = np.array([i for i in test for _ in groups[i].pairs])
+    prompt_of = np.array([i for i, g in zip(test, held_out_prompts, strict=True) for _ in g.pairs])
 
     def figures_of(member: list[np.ndarray]) -> dict[str, Any]:
         held_out = [member[i] for i in test]

@@ -16,7 +16,7 @@ import transformers
 from prefdistill import ranks
 from prefdistill.atomic import read_json, write_json
 from prefdistill.data.bias import biased_groups, longer_chosen, resample
-from prefdistill.data.table import PromptGroup, in_split
+from prefdistill.data.table import PromptGroup
 from prefdistill.data.text_pairs import PairEncoder
 from prefdistill.data.tokenise import Encoder
 from prefdistill.errors import ConfigError
@@ -64,7 +64,7 @@ def make_members(run: Run, fingerprint: str) -> tuple[list[Path], str]:
             run.say(f"member {k + 1} of {options.members}: {options.hold}, {how}")
             record = train_member(
                 run,
-                in_split(run.groups, "train"),
+                run.groups.of("train"),
                 folder,
                 work=run.work_path(f"reward-{k}", fingerprint),
                 base=options.models[k % len(options.models)] if options.models else run.reference,
@@ -104,7 +104,7 @@ def seed_of(seed: int, k: int) -> int:
 
 def make_judge(run: Run, fingerprint: str) -> tuple[list[Path], str]:
     """judge/: a reward model from pairs that no member has seen."""
-    groups = in_split(run.groups, "judge")
+    groups = run.groups.of("judge")
     record = train_member(
         run,
         groups,
@@ -136,7 +136,7 @@ def train_member(
     options = run.config.reward
     labelled = [g for g in groups if g.pairs]
     weights = resample(how, longer_chosen(labelled), seed=seed, fraction=options.fraction, rho=rho)
-    validation = [g for g in in_split(run.groups, "validation") if g.pairs]
+    validation = [g for g in run.groups.of("validation") if g.pairs]
     if rho is not None:
         # Who has biased pairs only has biased ones to calibrate on.
         validation = biased_groups(validation, rho, seed=seed)

@@ -5,29 +5,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import transformers
 
 from prefdistill import ranks
 from prefdistill.atomic import write_json, write_text
 from prefdistill.config import EMBEDDED_DATA
 from prefdistill.data.bias import biased_groups
-from prefdistill.data.formats import Pair, load_pairs
-from prefdistill.data.table import (
-    SPLITS,
-    Dropped,
-    PromptGroup,
-    Response,
-    add_drawn,
-    assign_splits,
-    group_pairs,
-    in_split,
-    read_groups,
-    write_groups,
-)
+from prefdistill.data.formats import Pair, iter_pairs
+from prefdistill.data.group_files import read_groups, write_groups
+from prefdistill.data.grouping import Dropped, assign_splits, group_pairs
+from prefdistill.data.on_disk import Spool, View
+from prefdistill.data.table import SPLITS, Groups, PromptGroup, Response, add_drawn, in_memory
 from prefdistill.data.tree import Tree
 from prefdistill.errors import DataError
 from prefdistill.evaluation.sampling import SamplingOptions
@@ -42,12 +35,19 @@ from prefdistill.training.sft import SFTTrainer
 EMBEDDED_PAIRS = Path(__file__).parent.parent / "embedded" / "docstring_pairs.parquet"
 
 
-def read_pairs(run: Run) -> tuple[list[Pair], list[dict[str, Any]]]:
-    """The run's pairs, and the rows left out under on_bad_row: drop. Nothing is written."""
+_PAIR = pa.schema([("prompt, chosen, rejected, where, extra", pa.string())])
+
+
+def read_pairs(run: Run) -> tuple[Sequence[Pair], list[dict[str, Any]]]:
+    """The run's pairs, which need not fit into memory, and the rows left out under on_bad_row: drop.
+
+    Nothing is written into the run directory.
+    """
     options = run.config.dataset
     source = str(EMBEDDED_PAIRS) if run.config.data == EMBEDDED_DATA else run.config.data
     bad: list[dict[str, Any]] = []
-    pairs = load_pairs(
+    spool = Spool(_PAIR)
+    for pair in iter_pairs(
         source,
         split=options.split,
         config_name=options.config_name,
@@ -55,19 +55,20 @@ def read_pairs(run: Run) -> tuple[list[Pair], list[dict[str, Any]]]:
         limit=options.limit,
         both_orders=options.both_orders,
         on_bad_row=None if options.on_bad_row == "stop" else _into(bad),
-    )
-    if not pairs:
+    ):
+        parts = [pair.prompt, pair.chosen, pair.rejected, pair.where, pair.extra]
+        spool.add({_PAIR.names[0]: json.dumps(parts, default=str)})
+    rows = spool.rows()
+    if not rows:
         raise DataError(f"{source}: every row was dropped ({len(bad)}), the first because: {bad[0]['reason']}")
-    return pairs, bad
+    return View(rows, lambda row: Pair(*json.loads(row[_PAIR.names[0]]))), bad
 
 
 def _into(bad: list[dict[str, Any]]) -> Callable[[str, DataError], None]:
     return lambda where, error: bad.append({"where": where, "reason": str(error)})
 
 
-def encode_pairs(
-    run: Run, pairs: list[Pair], bad: list[dict[str, Any]] | None = None
-) -> tuple[list[PromptGroup], Dropped]:
+def encode_pairs(run: Run, pairs: Sequence[Pair], bad: list[dict[str, Any]] | None = None) -> tuple[Groups, Dropped]:
     """The pairs encoded, split and grouped by prompt. Nothing is written.
 
     Args:
@@ -99,32 +100,38 @@ def encode_pairs(
     return groups, dropped
 
 
-def _biased(groups: list[PromptGroup], rho: float, pairs: int | None, seed: int) -> list[PromptGroup]:
-    """D_rho in the splits that training sees, the others as they are; in the groups' order."""
+def _biased(groups: Groups, rho: float, pairs: int | None, seed: int) -> Groups:
+    """D_rho in the splits that training sees, the others as they are; in the groups' order, and in memory."""
     out = [g for g in groups if g.split not in ("train", "validation")]
-    out += biased_groups(in_split(groups, "train"), rho, seed=seed, pairs=pairs)
-    out += biased_groups(in_split(groups, "validation"), rho, seed=seed)
+    out += biased_groups(groups.of("train"), rho, seed=seed, pairs=pairs)
+    out += biased_groups(groups.of("validation"), rho, seed=seed)
     place = {g.ids: i for i, g in enumerate(groups)}
-    return sorted(out, key=lambda g: place[g.ids])
+    return in_memory(sorted(out, key=lambda g: place[g.ids]))
 
 
-def _counts(groups: list[PromptGroup]) -> dict[str, int]:
-    return {s: len(in_split(groups, s)) for s in SPLITS}
+def _counts(groups: Groups) -> dict[str, int]:
+    return {s: groups.splits.count(s) for s in SPLITS}
 
 
-def make_data(
-    run: Run, groups: list[PromptGroup], dropped: Dropped, bad: list[dict[str, Any]]
-) -> tuple[list[Path], str]:
+def make_data(run: Run, groups: Groups, dropped: Dropped, bad: list[dict[str, Any]]) -> tuple[list[Path], str]:
     """data/prompts.parquet and what was left out."""
     counts = _counts(groups)
-    write_groups(run.groups_path, groups)
+    pairs = 0
+
+    def counted() -> Iterator[PromptGroup]:
+        nonlocal pairs
+        for group in groups:
+            pairs += len(group.pairs)
+            yield group
+
+    write_groups(run.groups_path, counted())
     said = (
-        f"{sum(len(g.pairs) for g in groups)} pairs over {len(groups)} prompts ("
+        f"{pairs} pairs over {len(groups)} prompts ("
         + ", ".join(f"{n} {s}" for s, n in counts.items() if n)
         + f"); left out: {dropped.pairs_too_long} too long, {dropped.same_tokens} with equal tokens, {len(bad)} bad "
         f"rows; prompts cut: {dropped.prompts_cut}"
     )
-    facts = {"prompts": counts, "pairs": sum(len(g.pairs) for g in groups), "bad_rows": len(bad)}
+    facts = {"prompts": counts, "pairs": pairs, "bad_rows": len(bad)}
     write_json(run.root / "data" / "data.json", {**facts, **dataclasses.asdict(dropped)})
     outputs = [run.groups_path, run.root / "data" / "data.json"]
     if bad:
@@ -133,15 +140,15 @@ def make_data(
     return outputs, said
 
 
-def _at_most(groups: list[PromptGroup], bounds: dict[str, int | None]) -> list[PromptGroup]:
-    kept: list[PromptGroup] = []
+def _at_most(groups: Groups, bounds: dict[str, int | None]) -> Groups:
+    kept: list[int] = []
     seen: dict[str, int] = {}
-    for group in groups:
-        seen[group.split] = seen.get(group.split, 0) + 1
-        bound = bounds.get(group.split)
-        if bound is None or seen[group.split] <= bound:
-            kept.append(group)
-    return kept
+    for i, split in enumerate(groups.splits):
+        seen[split] = seen.get(split, 0) + 1
+        bound = bounds.get(split)
+        if bound is None or seen[split] <= bound:
+            kept.append(i)
+    return groups.at(kept)
 
 
 def make_start(run: Run, fingerprint: str) -> tuple[list[Path], str]:
@@ -191,7 +198,7 @@ def _demonstrations(run: Run) -> tuple[list[Tree], int]:
     """A tree a training prompt, and how many demonstrations do not fit into dataset.max_response_tokens."""
     trees, too_long = [], 0
     column = run.config.sft.on
-    for g in in_split(read_groups(run.groups_path), "train"):
+    for g in read_groups(run.groups_path).of("train"):
         if column == "chosen":
             best = dict.fromkeys(c for c, _ in g.pairs)
             trees.append(Tree(g.ids, tuple(g.responses[c].ids for c in best)))
@@ -214,7 +221,7 @@ def _demonstrations(run: Run) -> tuple[list[Tree], int]:
 def make_samples(run: Run, fingerprint: str) -> tuple[list[Path], str]:
     """data/sampled.parquet: the prompts, those of training with responses drawn from the reference joined."""
     groups = read_groups(run.groups_path)
-    n, train = run.config.reference_samples, [g for g in groups if g.split == "train"]
+    n, train = run.config.reference_samples, groups.of("train")
     bound = min(run.config.sample.max_new_tokens, run.config.dataset.max_response_tokens)
     with sampler(run, run.reference) as model, run.progress(len(train), "prompts") as tick:
         drawn = sample_in_parts(
@@ -227,14 +234,22 @@ def make_samples(run: Run, fingerprint: str) -> tuple[list[Path], str]:
             budget=4,
             progress=tick,
         )
-    for group, samples in zip(train, drawn, strict=True):
-        add_drawn(
-            group,
-            [Response(run.encoder.decode_response(s.ids), s.ids, s.finished, "reference") for s in samples],
-        )
+
+    def joined() -> Iterator[PromptGroup]:
+        of_train = iter(drawn)
+        for group in groups:
+            if group.split == "train":
+                add_drawn(
+                    group,
+                    [
+                        Response(run.encoder.decode_response(s.ids), s.ids, s.finished, "reference")
+                        for s in next(of_train)
+                    ],
+                )
+            yield group
 
     def finish() -> None:
-        write_groups(run.sampled_path, groups)
+        write_groups(run.sampled_path, joined())
         shutil.rmtree(run.work_path("sample", fingerprint), ignore_errors=True)
 
     ranks.from_main(finish)

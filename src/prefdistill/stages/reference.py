@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from prefdistill.data.table import in_split
 from prefdistill.data.tree import Tree
 from prefdistill.scoring import (
     Column,
@@ -70,14 +69,13 @@ def fill_reference(run: Run, trees: Sequence[Tree]) -> tuple[dict[str, Column], 
 
 
 def make_reference(run: Run) -> tuple[list[Path], str]:
-    trees = [g.tree for g in run.groups]
+    trees = run.groups.trees
     columns, computed = fill_reference(run, trees)
     total = sum(len(t.responses) for t in trees)
     what = "log-probs and features" if "features" in columns else "log-probs"
     said = f"reference {what} of {total} responses, {total - computed} found from before"
     outputs = [c.folder for c in columns.values()]
     if run.config.policies_in_4bit:
-        trained = [g.tree for g in in_split(run.groups, "train")]
-        said += "; " + fill_rounded_reference(run, trained, columns["logps"])
+        said += "; " + fill_rounded_reference(run, run.groups.of("train").trees, columns["logps"])
         outputs.append(rounded_reference_column(run).folder)
     return outputs, said

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from prefdistill import ranks
-from prefdistill.data.table import PromptGroup, write_scored
+from prefdistill.data.group_files import write_scored
+from prefdistill.data.table import Groups, PromptGroup, response_key
 from prefdistill.data.tree import Tree
 from prefdistill.errors import ConfigError
 from prefdistill.models.adapters import Classifiers
@@ -22,6 +23,8 @@ from prefdistill.stages.encoders import encoder_of, member_trees
 from prefdistill.stages.reference import features_of, reference_columns
 from prefdistill.stages.run import Run
 
+FEATURES_AT_ONCE = 50_000  # responses
+
 
 def member_folders(run: Run) -> list[str]:
     return [*(str(run.member_path(k)) for k in range(run.config.reward.members)), *run.config.reward.pretrained]
@@ -31,7 +34,7 @@ def reward_column(run: Run, k: int, folder: str) -> Column:
     return run.column(f"rewards-{k}", model_fingerprint(folder, run.precision))
 
 
-def member_rewards(run: Run, groups: Sequence[PromptGroup], *, centred: bool = True) -> list[list[np.ndarray]]:
+def member_rewards(run: Run, groups: Groups, *, centred: bool = True) -> list[list[np.ndarray]]:
     """Rewards [K][group] -> [R], from columns only; centred, their mean over the training responses is 0.
 
     Where the data gives the rewards, those of responses that are not the data's are not known: nan.
@@ -45,7 +48,7 @@ def member_rewards(run: Run, groups: Sequence[PromptGroup], *, centred: bool = T
             by_member.append([column.of(t) for t in trees])
     if not centred:
         return by_member
-    train = [i for i, g in enumerate(groups) if g.split == "train"]
+    train = groups.places("train")
     centres = [float(np.nanmean(np.concatenate([values[i] for i in train] or values))) for values in by_member]
     return [[v - centre for v in values] for values, centre in zip(by_member, centres, strict=True)]
 
@@ -73,9 +76,7 @@ def make_rewards(run: Run) -> tuple[list[Path], str]:
         computed += fill_rewards_of(run, column, folder, trees, classifiers)
     scored = run.root / "data" / "scored.parquet"
     logps = references["logps"]
-    ranks.from_main(
-        lambda: write_scored(scored, groups, [logps.of(g.tree) for g in groups], member_rewards(run, groups))
-    )
+    ranks.from_main(lambda: write_scored(scored, groups, lambda g: logps.of(g.tree), member_rewards(run, groups)))
     said = f"{len(folders)} reward columns, {computed} values computed, {total - computed} found"
     if run.config.reward.given is not None:
         said = f"rewards of {max(len(r.given) for g in groups for r in g.responses)} members, given with the data"
@@ -108,18 +109,18 @@ def _rewards_from_features(features: Column, column: Column, folder: str, trees:
     """A head's rewards are one matrix product with features that the reference pass left: no forward."""
     from safetensors.numpy import load_file
 
-    from prefdistill.data.table import response_key
-
     head = load_file(str(Path(folder) / "model-00002-of-00002.safetensors"))["score.weight"][0].astype(np.float64)
-    keys = [response_key(t.prompt_ids, r) for t in trees for r in t.responses]
+    keys = (response_key(t.prompt_ids, r) for t in trees for r in t.responses)
     missing = list(dict.fromkeys(k for k in keys if k not in column.values))
-    unknown = [k for k in missing if k not in features.values]
+    unknown = sum(k not in features.values for k in missing)
     if unknown:
-        raise ConfigError(f"{len(unknown)} responses have no features; run the stage 'reference' again")
+        raise ConfigError(f"{unknown} responses have no features; run the stage 'reference' again")
 
     def add() -> None:
-        if missing:
-            column.add(missing, np.stack([features.values[k] for k in missing]) @ head)
+        # One product where memory allows, in parts of a fixed size where it may not.
+        for start in range(0, len(missing), FEATURES_AT_ONCE):
+            part = missing[start : start + FEATURES_AT_ONCE]
+            column.add(part, np.stack([features.values[k] for k in part]) @ head)
 
     ranks.from_main(add)
     column.refresh()

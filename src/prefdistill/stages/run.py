@@ -16,7 +16,8 @@ import torch
 from prefdistill import ranks
 from prefdistill.atomic import write_json
 from prefdistill.config import RunConfig
-from prefdistill.data.table import PromptGroup, read_groups
+from prefdistill.data.group_files import read_groups
+from prefdistill.data.table import Groups
 from prefdistill.data.tokenise import Encoder
 from prefdistill.data.tree import Tree
 from prefdistill.models.adapters import Classifiers
@@ -143,8 +144,8 @@ class Run:
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     @property
-    def groups(self) -> list[PromptGroup]:
-        """All prompts with their responses, the sampled ones included."""
+    def groups(self) -> Groups:
+        """All prompts with their responses, the sampled ones included, read when they are asked for."""
         return read_groups(self.sampled_path if self.config.reference_samples else self.groups_path)
 
     @cached_property

@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
 
-from prefdistill.data.table import in_split
 from prefdistill.errors import DataError
 from prefdistill.evaluation import statistics
 from prefdistill.evaluation.sampling import SamplingOptions
@@ -78,7 +77,7 @@ def best_checkpoint(
     Returns:
         {"version", "split", "prompts", "chosen": step, "checkpoints": [{"step", "score": an estimate, "length_mean"}]}.
     """
-    groups, options = in_split(run.groups, "validation"), run.config.evaluate
+    groups, options = list(run.groups.of("validation")), run.config.evaluate
     rows: list[dict[str, Any]] = []
     with run.progress(len(groups) * len(steps), "prompts") as tick:
         for step in steps:
