@@ -5,14 +5,27 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+_UNFINISHED = re.compile(r"\..+\.(part|old)-\d+")  # the names that are used below
+
 
 def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.part-{os.getpid()}")
+
+
+def remove_unfinished(root: Path, but: Callable[[Path], bool]) -> None:
+    """Removes what killed processes left half-written anywhere in a folder that this process alone writes into.
+
+    Args:
+        but: whether a path may be another's, who is writing it now.
+    """
+    for left in [p for p in root.rglob(".*") if _UNFINISHED.fullmatch(p.name) and not but(p)]:
+        shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

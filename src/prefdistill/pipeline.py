@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prefdistill import ranks
+from prefdistill.atomic import remove_unfinished
 from prefdistill.config import RunConfig
 from prefdistill.data.group_files import TABLE_FORMAT
 from prefdistill.data.table import Groups
@@ -89,6 +90,7 @@ def run(config: RunConfig, *, until: str | None = None) -> Path:
         source = _data_fingerprint(config, job)
         groups, dropped = prepare.encode_pairs(job, pairs, bad)
         ranks.from_main(lambda: stack.enter_context(held(job.root)))
+        ranks.from_main(remove_unfinished, job.root, job.is_shared)
         return _run(job, until, lambda: prepare.make_data(job, groups, dropped, bad), source, groups)
 
 

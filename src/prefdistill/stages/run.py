@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ from prefdistill.scoring import Column
 from prefdistill.training.trackers import track_in
 
 PRECISIONS = ("float32", "bfloat16")
+_SHARED = re.compile(r"-[0-9a-f]{12}$")  # ends the names of columns that runs share
 
 
 @dataclass
@@ -74,6 +76,11 @@ class Run:
         shared = self.config.score.columns
         folder = Path(shared) / f"{name}-{fingerprint[:12]}" if shared else self.root / "columns" / name
         return Column(folder, fingerprint)
+
+    def is_shared(self, path: Path) -> bool:
+        """Whether a path lies where runs whose score.columns is this run's folder of columns may be writing."""
+        columns = self.root / "columns"
+        return columns in path.parents and _SHARED.search(path.relative_to(columns).parts[0]) is not None
 
     def member_path(self, k: int) -> Path:
         return self.root / "reward" / f"member-{k}"
