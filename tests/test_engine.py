@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from scipy import stats
 
 import fake_vllm
 from prefdistill import pipeline
@@ -244,14 +245,37 @@ def test_an_adapter_is_put_together_for_vllm(vllm, data, model_folder, tmp_path)
     assert drawn["own"] == drawn["vllm"]
 
 
-def test_vllm_itself_gives_the_same_greedy_samples(tmp_path):
-    """On a GPU with vLLM; head width and vocabulary are such that its kernels can take them."""
+def test_vllm_itself(tmp_path):
+    """Where it is installed, on a GPU or a CPU: greedy samples, seeds, end tokens and the distribution of samples.
+
+    Head width and vocabulary are such that its kernels can take them.
+    """
     pytest.importorskip("vllm")
-    if not torch.cuda.is_available():
-        pytest.skip("vLLM needs a GPU")
     model = tiny("llama", hidden_size=256, head_dim=64, vocab_size=128)
     model.save_pretrained(tmp_path / "policy")
-    options = SamplingOptions(max_new_tokens=16, temperature=0)
+    greedy = SamplingOptions(max_new_tokens=16, temperature=0)
+    drawing = SamplingOptions(max_new_tokens=8, seed=3)
+    ends = list(range(3, 40))
     with VLLMEngine(str(tmp_path / "policy"), arguments={"enforce_eager": True}) as policy:
-        theirs = policy.sample(PROMPTS, n=2, end_ids=[2, 30], options=options)
-    assert theirs == sample(model.cuda(), PROMPTS, n=2, end_ids=[2, 30], options=options)
+        theirs = policy.sample(PROMPTS, n=2, end_ids=[2, 30], options=greedy)
+        together = policy.sample(PROMPTS, n=3, end_ids=[2], options=drawing)
+        alone = [policy.sample([p], n=3, end_ids=[2], options=drawing, keys=[i])[0] for i, p in enumerate(PROMPTS)]
+        other = policy.sample(PROMPTS, n=3, end_ids=[2], options=SamplingOptions(8, seed=4))
+        ended = policy.sample(PROMPTS, n=50, end_ids=ends, options=SamplingOptions(max_new_tokens=6))
+        many = policy.sample(PROMPTS[:1], n=4000, end_ids=[2], options=SamplingOptions(max_new_tokens=1, top_p=0.5))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert theirs == sample(model.to(device), PROMPTS, n=2, end_ids=[2, 30], options=greedy)
+    assert together == alone != other
+    assert len({s.ids for d in together for s in d}) > 3
+    for s in (s for d in ended for s in d):
+        assert all(t not in ends for t in s.ids[:-1])
+        assert s.finished == (s.ids[-1] in ends)
+        assert s.finished or len(s.ids) == 6
+    with torch.no_grad():
+        p = model(torch.tensor([PROMPTS[0]], device=device)).logits[0, -1].double().softmax(-1).cpu()
+    order = p.sort(descending=True)
+    kept = order.indices[: int((order.values.cumsum(0) < 0.5).sum()) + 1]
+    counts = torch.bincount(torch.tensor([s.ids[0] for s in many[0]]), minlength=128)
+    assert counts[kept].sum() == 4000, "a token outside the nucleus was drawn"
+    expected = 4000 * p[kept] / p[kept].sum()
+    assert stats.chisquare(counts[kept].numpy(), expected.numpy()).pvalue > 1e-4
