@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from prefdistill.cli import main
 from prefdistill.data.tree import Tree
 from prefdistill.errors import DataError, TrainingError
-from prefdistill.training.checkpoints import last_checkpoint, seal
+from prefdistill.progress import silent
+from prefdistill.training.checkpoints import train_to_end
 from prefdistill.training.distill import DistillExample, DistillTrainer
 from prefdistill.training.trees import TreeTrainer
 from test_distill import config, examples_near, policy
@@ -48,13 +48,39 @@ def test_a_step_that_was_too_large_is_the_cause_and_the_checkpoint_before_it_is_
 
     optimizer.register_step_post_hook(blow_up)
     with pytest.raises(
-        TrainingError, match=r"in step 3, .*since an earlier step.*learning_rate; the last checkpoint is"
+        TrainingError, match=r"in step 3, .*since an earlier step.*learning_rate; .* is kept, .*checkpoint-1$"
     ):
         trainer.train()
-    seal(tmp_path / "checkpoint-1")
-    kept = load_file(tmp_path / "checkpoint-1" / "model.safetensors")
-    assert all(t.isfinite().all() for t in kept.values())
-    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+
+
+@pytest.mark.parametrize("at", [2, 4])
+def test_no_checkpoint_and_no_result_has_weights_that_are_no_numbers(at, tmp_path):
+    """A step that ruins the weights, the last one too: training goes on from the checkpoint before it."""
+
+    def train(folder, ruined=None):
+        model = policy()
+        arguments = config(folder, "dpo", **ONE, save_strategy="steps", save_steps=1, learning_rate=1e-4)
+        trainer = DistillTrainer(model, arguments, examples=examples_near(model))
+        steps = []
+
+        def count(*args):
+            steps.append(1)
+            if len(steps) == ruined:
+                with torch.no_grad():
+                    model.lm_head.weight.fill_(math.inf)
+
+        trainer.create_optimizer().register_step_post_hook(count)
+        train_to_end(trainer, folder, silent)
+        return len(steps), model.state_dict()
+
+    with pytest.raises(
+        TrainingError, match=rf"after step {at}, such as lm_head.*learning_rate; .* is kept, .*checkpoint-{at - 1}$"
+    ):
+        train(tmp_path / "broken", ruined=at)
+    steps, weights = train(tmp_path / "broken")
+    assert steps == 4 - (at - 1)
+    _, whole = train(tmp_path / "whole")
+    assert all(torch.equal(w, whole[name]) for name, w in weights.items())
 
 
 def test_a_gradient_without_bounds_stops_before_the_step(tmp_path):

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from safetensors import safe_open
 from transformers import PrinterCallback, TrainerCallback
 
 from prefdistill import ranks
+from prefdistill.errors import TrainingError
 from prefdistill.progress import Progress
 from prefdistill.seals import is_whole, seal
 from prefdistill.stopping import Request, Terminated, stop_requests
@@ -22,6 +24,7 @@ def train_to_end(trainer: transformers.Trainer, work: Path, progress: Progress) 
 
     Raises:
         KeyboardInterrupt: SIGINT or SIGTERM came; the step under way was finished and a checkpoint written.
+        TrainingError: a step left weights that are not finite; no checkpoint holds them.
     """
     trainer.remove_callback(PrinterCallback)
     with stop_requests() as request:
@@ -30,6 +33,7 @@ def train_to_end(trainer: transformers.Trainer, work: Path, progress: Progress) 
             trainer.add_callback(callback)
         trainer.train(resume_from_checkpoint=ranks.from_main(last_checkpoint, work))
         end_tracking(trainer.args.report_to)
+        _check_weights(trainer.model, trainer.state.global_step, trainer.args.output_dir)
         ranks.wait()
         if request.reason is not None:
             raise request.reason
@@ -54,10 +58,42 @@ class _StopCallback(TrainerCallback):
 
 
 class _SealCallback(TrainerCallback):
-    """Writes the checksums of a checkpoint's files when all of them are there."""
+    """Writes the checksums of a checkpoint's files when all of them are there, and its weights are numbers."""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # One that is not sealed is never read: a training goes on from the last good one.
+        _check_weights(kwargs["model"], state.global_step, args.output_dir)
         ranks.from_main(seal, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+def _check_weights(model: Any, step: int, folder: str) -> None:
+    broken = not_finite(model)
+    if ranks.largest(len(broken)):
+        names = f", such as {broken[0]}" if broken else ""
+        raise TrainingError(
+            f"the weights are not finite after step {step}{names}: the step was too large: lower learning_rate; "
+            + what_is_kept(folder)
+        )
+
+
+def not_finite(model: Any) -> list[str]:
+    """Names of the parameters that hold what is no number."""
+    return [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]
+
+
+def what_is_kept(folder: str) -> str:
+    """Says which checkpoint of a training that failed is the last good one: the newest whose weights are numbers."""
+    found = sorted(Path(folder).glob("checkpoint-*"), key=lambda p: p.stat().st_mtime, reverse=True)
+    kept = next((p for p in found if _is_finite(p)), None)
+    return "there is no checkpoint yet" if kept is None else f"the last checkpoint is kept, {kept}"
+
+
+def _is_finite(checkpoint: Path) -> bool:
+    for file in checkpoint.glob("*.safetensors"):  # sharded ones have none, and are not looked into
+        with safe_open(file, framework="pt") as tensors:
+            if not all(bool(tensors.get_tensor(name).isfinite().all()) for name in tensors.keys()):  # noqa: SIM118
+                return False
+    return True
 
 
 def last_checkpoint(folder: Path) -> str | None:

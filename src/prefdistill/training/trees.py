@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from prefdistill.data.tree import Tree, TreeBatch
 from prefdistill.errors import TrainingError
 from prefdistill.models.compiled import check_compiler, compile_layers
 from prefdistill.models.forward import TreeModel
+from prefdistill.training.checkpoints import not_finite, what_is_kept
 from prefdistill.training.processes import route_tree_calls, together
 
 Item = Mapping[str, Any]
@@ -159,7 +159,7 @@ class TreeTrainer(transformers.Trainer):
         """
         if bool(value.isfinite().all()):
             return
-        broken = [name for name, p in self.model.named_parameters() if not bool(p.isfinite().all())]
+        broken = not_finite(self.model)
         if broken and self.state.global_step:
             cause = "the weights are not finite since an earlier step, which was too large: lower learning_rate"
         elif broken:
@@ -170,12 +170,10 @@ class TreeTrainer(transformers.Trainer):
                 cause += "; or an earlier step was too large: lower learning_rate"
         else:
             cause = "the loss is finite and too steep: lower learning_rate, or try float32"
-        kept = sorted(Path(self.args.output_dir).glob("checkpoint-*"), key=lambda p: p.stat().st_mtime)
-        left = f"the last checkpoint is kept, {kept[-1]}" if kept else "there is no checkpoint yet"
         shown = "; ".join(self._names[:NAMES_SHOWN]) + ("; ..." if len(self._names) > NAMES_SHOWN else "")
         raise TrainingError(
             f"the {what} is {float(value.flatten()[0])} in step {self.state.global_step + 1}, on {len(self._names)} "
-            f"prompts ({shown}): {cause}; {left}"
+            f"prompts ({shown}): {cause}; {what_is_kept(self.args.output_dir)}"
         )
 
     def prediction_step(
