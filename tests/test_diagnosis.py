@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import numpy as np
 import pytest
 from scipy import special, stats
 
 from prefdistill.ensemble import tilted
-from prefdistill.errors import ConfigError
+from prefdistill.errors import ConfigError, DataError
 from prefdistill.evaluation.diagnosis import check_run, warnings_of
-from prefdistill.evaluation.judges import describe, is_oracle, load_oracle
+from prefdistill.evaluation.judges import describe, is_oracle, load_oracle, oracle_scores
 from prefdistill.evaluation.rewards import (
     agreeing_prompts,
     asked_kl,
@@ -233,3 +234,20 @@ def test_oracles_by_name():
     for name in ("no_such_module:f", "json:no_such_function"):
         with pytest.raises(ConfigError, match=name.split(":")[0]):
             load_oracle(name)
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ([1.0, math.nan], 'gave nan for "second one"'),
+        ([1.0, math.inf], "gave inf"),
+        ([1.0], r"shape \(1,\) for 2 responses"),
+        ([[1.0], [2.0]], r"shape \(2, 1\)"),
+        (None, r"shape \(\)|no list of numbers"),
+        (["good", "bad"], "no list of numbers"),
+    ],
+)
+def test_an_oracle_gives_a_finite_number_for_every_response(given, match, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "score_words", lambda rows, responses: given)
+    with pytest.raises(DataError, match=match):
+        oracle_scores(f"{__name__}:score_words", [{}, {}], ["first", "second\none"])

@@ -8,13 +8,16 @@ import subprocess
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from prefdistill import pipeline
 from prefdistill.cli import main
 from prefdistill.errors import ConfigError, PrefdistillError
+from prefdistill.models.adapters import Classifiers
 from prefdistill.models.loading import load_classifier, load_policy, new_classifier
 from test_pipeline import data, model_folder, rows, small  # noqa: F401
 from test_report import _replaced, full_run, write_report
+from tiny_models import save_some_adapter
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 ATTACK = (
@@ -60,6 +63,50 @@ def test_pickled_weights_are_not_read(load, model_folder, tmp_path):  # noqa: F8
     with pytest.raises(ConfigError, match="cannot be loaded"):
         load(str(folder))
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("pickled", ["adapter", "base"])
+@pytest.mark.parametrize("load", [load_policy, Classifiers().load])
+def test_pickled_weights_of_an_adapter_are_not_read(load, pickled, model_folder, tmp_path):  # noqa: F811
+    """Neither its own nor those of the base that it names; nor does a base that is gone give a traceback."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(model_folder, base)
+    save_some_adapter(base, adapter)
+    folder, name = (adapter, "adapter_model") if pickled == "adapter" else (base, "model")
+    weights = folder / f"{name}.safetensors"
+    torch.save(load_file(weights), folder / ("adapter_model.bin" if pickled == "adapter" else "pytorch_model.bin"))
+    weights.unlink()
+    with pytest.raises(
+        ConfigError, match=r"adapter_model\.safetensors" if pickled == "adapter" else "cannot be loaded"
+    ):
+        load(str(adapter))
+    shutil.rmtree(base)
+    with pytest.raises(ConfigError, match="adapter"):
+        load(str(adapter))
+    (adapter / "adapter_config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"adapter_config\.json cannot be read"):
+        load(str(adapter))
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--distill.training_arguments", "{hub_token: hf_x}"], "distill.training_arguments has 'hub_token'"),
+        (["--distill.per_method", "{dpo: {training_arguments: {push_to_hub_token: x}}}"], "'push_to_hub_token'"),
+        (["--sample.engine", "vllm", "--sample.engine_arguments", "{hf_token: x}"], "'hf_token'"),
+        (
+            ["--sample.engine", "vllm", "--sample.engine_arguments", "{a: {api_key: x}}"],
+            "engine_arguments.a has 'api_key'",
+        ),
+    ],
+)
+def test_secrets_are_no_options(flags, named, data, model_folder, tmp_path, capsys):  # noqa: F811
+    out = tmp_path / "run"
+    assert main(["run", "--data", str(data), "--model", str(model_folder), "--output-dir", str(out), *flags]) == 2
+    said = capsys.readouterr().err
+    assert named in said
+    assert "environment" in said
+    assert not out.exists()
 
 
 def test_a_models_own_code_is_not_run(data, model_folder, tmp_path):  # noqa: F811

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -244,6 +244,8 @@ class RunConfig:
                 raise ConfigError(
                     f"distill.training_arguments has {name!r}, which transformers.TrainingArguments does not know"
                 )
+        _check_no_secret("distill.training_arguments", self.distill.training_arguments)
+        _check_no_secret("sample.engine_arguments", self.sample.engine_arguments)
         self._check_adapters()
         if "model" in self.sample.engine_arguments:
             raise ConfigError(
@@ -367,6 +369,21 @@ _FITS: dict[str, Callable[[Any], bool]] = {
     "dict[str, Any]": lambda v: isinstance(v, dict),
 }
 _LIKE = {"float | None": "like a number", "list[int] | None": "a list of whole numbers such as [0, 1], or null"}
+
+
+_SECRET = re.compile(r"(^|_)(token|key|secret|password|passwd|credentials?)$", re.IGNORECASE)
+
+
+def _check_no_secret(option: str, given: Mapping[str, Any]) -> None:
+    """Raises ConfigError where an argument is a secret by its name: options are written into files and the report."""
+    for name, value in given.items():
+        if _SECRET.search(str(name)) and value is not None:
+            raise ConfigError(
+                f"{option} has {name!r}, a secret by its name, and options are written into the run directory and the "
+                "report; leave it out and set it in the environment (HF_TOKEN for Hugging Face)"
+            )
+        if isinstance(value, Mapping):
+            _check_no_secret(f"{option}.{name}", value)
 
 
 def _check_type(name: str, value: Any, kind: str, usual: Any) -> None:

@@ -28,17 +28,10 @@ from prefdistill.data.keyed import Keyed
 from prefdistill.data.table import response_key
 from prefdistill.data.tree import Tree, batches_by_tokens
 from prefdistill.errors import ConfigError, DataError
+from prefdistill.models.adapter_folders import ADAPTER_CONFIG, adapter_base, is_adapter
 from prefdistill.models.backbone import device_of, unwrap
 from prefdistill.models.forward import TreeModel
-from prefdistill.models.loading import (
-    ADAPTER,
-    ADAPTER_CONFIG,
-    EMBEDDED_MODEL,
-    EMBEDDED_POLICY,
-    adapter_base,
-    has_score_head,
-    is_adapter,
-)
+from prefdistill.models.loading import ADAPTER, EMBEDDED_MODEL, EMBEDDED_POLICY, has_score_head
 from prefdistill.models.precision import autocast
 from prefdistill.models.sequence import SequenceModel
 from prefdistill.progress import Progress, silent

@@ -61,8 +61,7 @@ class PromptGroup:
     @property
     def name(self) -> str:
         """How a message calls the prompt: its first words, in quotes."""
-        text = " ".join(prompt_text(self.prompt).split())
-        return json.dumps(text if len(text) <= NAME_LENGTH else text[:NAME_LENGTH] + "...", ensure_ascii=False)
+        return shorten(prompt_text(self.prompt))
 
     @property
     def keys(self) -> list[str]:
@@ -75,6 +74,12 @@ class PromptGroup:
                 return i
         self.responses.append(response)
         return len(self.responses) - 1
+
+
+def shorten(text: str) -> str:
+    """A text's first words, in quotes, as messages show them."""
+    text = " ".join(text.split())
+    return json.dumps(text if len(text) <= NAME_LENGTH else text[:NAME_LENGTH] + "...", ensure_ascii=False)
 
 
 class Groups(Sequence[PromptGroup]):

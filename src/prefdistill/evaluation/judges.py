@@ -9,7 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prefdistill.errors import ConfigError
+import numpy as np
+
+from prefdistill.data.table import shorten
+from prefdistill.errors import ConfigError, DataError
 
 Oracle = Callable[[Sequence[Mapping[str, Any]], Sequence[str]], list[float]]
 
@@ -35,6 +38,32 @@ def load_oracle(name: str) -> Oracle:
             "folder or hub id of a reward model, or heldout"
         ) from error
     return found
+
+
+def oracle_scores(name: str, rows: Sequence[Mapping[str, Any]], responses: Sequence[str]) -> np.ndarray:
+    """Scores [N] of responses by the function behind module:function, checked.
+
+    Raises:
+        ConfigError: as `load_oracle`.
+        DataError: it gave something else than a finite number for every response.
+    """
+    given = load_oracle(name)(rows, responses)
+    try:
+        scores = np.asarray(given, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"the judge {name!r} gave no list of numbers ({error}); mend the function") from error
+    if scores.shape != (len(responses),):
+        raise DataError(
+            f"the judge {name!r} gave scores of shape {scores.shape} for {len(responses)} responses; it must give a "
+            "number for each, in their order"
+        )
+    if not np.isfinite(scores).all():
+        first = int(np.flatnonzero(~np.isfinite(scores))[0])
+        raise DataError(
+            f"the judge {name!r} gave {scores[first]} for {shorten(responses[first])}; a score is a finite number: mend "
+            "the function, or take the prompts out that it cannot judge"
+        )
+    return scores
 
 
 def oracle_fingerprint(name: str) -> str:

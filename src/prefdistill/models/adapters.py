@@ -10,14 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from prefdistill.errors import ConfigError
-from prefdistill.models.loading import (
-    UNREADABLE,
-    adapter_base,
-    is_adapter,
-    load_classifier,
-    load_tokenizer,
-    not_loaded,
-)
+from prefdistill.models.adapter_folders import adapter_base, check_weights, is_adapter
+from prefdistill.models.loading import UNREADABLE, load_classifier, load_tokenizer, not_loaded
 
 
 class Classifiers:
@@ -43,6 +37,7 @@ class Classifiers:
         if not is_adapter(name):
             return load_classifier(name, trust_remote_code=self.trust_remote_code).to(self.device).eval()
         base = adapter_base(name)
+        check_weights(name)
         adapter = self._names.setdefault(str(Path(name).resolve()), f"member-{len(self._names)}")
         try:
             if base != self._base:
@@ -50,7 +45,12 @@ class Classifiers:
 
                 self._model = None  # not two bases in memory at a time
                 self._model = AutoPeftModelForSequenceClassification.from_pretrained(
-                    name, adapter_name=adapter, num_labels=1, dtype=torch.float32
+                    name,
+                    adapter_name=adapter,
+                    num_labels=1,
+                    dtype=torch.float32,
+                    use_safetensors=True,
+                    trust_remote_code=self.trust_remote_code,
                 ).to(self.device)
                 self._base = base
             elif adapter not in self._model.peft_config:

@@ -21,6 +21,7 @@ from torch import nn
 
 from prefdistill.atomic import fresh_folder
 from prefdistill.errors import ConfigError
+from prefdistill.models.adapter_folders import adapter_base, check_weights, is_adapter
 from prefdistill.models.backbone import backbone_of
 from prefdistill.models.merging import merged
 from prefdistill.seals import sealed_file, sealed_files
@@ -29,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
 EMBEDDED_POLICY = "embedded"
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER = Path(__file__).parent.parent / "embedded" / "adapter"
 
 
@@ -66,9 +66,7 @@ def load_policy(name: str, *, trust_remote_code: bool = False, **arguments: Any)
 
         return PeftModel.from_pretrained(_load_embedded(), str(ADAPTER)).merge_and_unload()
     if is_adapter(name):
-        from peft import AutoPeftModelForCausalLM
-
-        return AutoPeftModelForCausalLM.from_pretrained(name, dtype=torch.float32).merge_and_unload()
+        return _load_adapted(name, trust_remote_code).merge_and_unload()
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True, **arguments
@@ -76,6 +74,19 @@ def load_policy(name: str, *, trust_remote_code: bool = False, **arguments: Any)
     except UNREADABLE as error:
         raise ConfigError(not_loaded("model", name, error)) from error
     return model
+
+
+def _load_adapted(name: str, trust_remote_code: bool) -> Any:
+    from peft import AutoPeftModelForCausalLM
+
+    base = adapter_base(name)
+    check_weights(name)
+    try:
+        return AutoPeftModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
+        )
+    except UNREADABLE as error:
+        raise ConfigError(not_loaded("adapter", f"{name} (on {base})", error)) from error
 
 
 @contextlib.contextmanager
@@ -217,15 +228,6 @@ _COUNT_FROM_PAD = ("roberta", "xlm-roberta", "camembert", "longformer", "mpnet")
 
 # What loading raises for a folder or hub id that cannot be read, broken weights among them.
 UNREADABLE = (OSError, ValueError, SafetensorError)
-
-
-def is_adapter(name: str) -> bool:
-    return (Path(name) / ADAPTER_CONFIG).exists()
-
-
-def adapter_base(name: str) -> str:
-    """Folder or hub id of the model that a PEFT adapter folder stands on."""
-    return str(json.loads((Path(name) / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"])
 
 
 def not_loaded(what: str, name: str, error: Exception) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from prefdistill.data.table import PromptGroup, plain_text
-from prefdistill.evaluation.judges import describe, is_oracle, load_oracle
+from prefdistill.evaluation.judges import describe, is_oracle, load_oracle, oracle_scores
 from prefdistill.evaluation.sampling import Sample
 from prefdistill.scoring import model_fingerprint
 from prefdistill.stages.encoders import encoder_of, response_trees
@@ -27,8 +27,8 @@ def _judge(
     name = run.config.evaluate.judge
     if is_oracle(name):
         rows = [g.extra for g, t in zip(groups, texts, strict=True) for _ in t]
-        scores = load_oracle(name)(rows, [plain_text(t) for ts in texts for t in ts])
-        return np.asarray(scores, dtype=np.float64).reshape(len(groups), -1)
+        found = oracle_scores(name, rows, [plain_text(t) for ts in texts for t in ts])
+        return found.reshape(len(groups), -1)
     folder = str(run.judge_path) if name == "heldout" else name
     trees = response_trees(encoder_of(run, folder), groups, texts, finished)
     column = run.column(f"judge-{who}", model_fingerprint(folder, run.precision))
