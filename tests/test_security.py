@@ -92,7 +92,7 @@ def test_pickled_weights_of_an_adapter_are_not_read(load, pickled, model_folder,
     ("flags", "named"),
     [
         (["--distill.training_arguments", "{hub_token: hf_x}"], "distill.training_arguments has 'hub_token'"),
-        (["--distill.per_method", "{dpo: {training_arguments: {push_to_hub_token: x}}}"], "'push_to_hub_token'"),
+        (["--distill.per_method", "{dpo: {training_arguments: {hub_token: x}}}"], "per_method.dpo"),
         (["--sample.engine", "vllm", "--sample.engine_arguments", "{hf_token: x}"], "'hf_token'"),
         (
             ["--sample.engine", "vllm", "--sample.engine_arguments", "{a: {api_key: x}}"],

@@ -60,8 +60,8 @@ def oracle_scores(name: str, rows: Sequence[Mapping[str, Any]], responses: Seque
     if not np.isfinite(scores).all():
         first = int(np.flatnonzero(~np.isfinite(scores))[0])
         raise DataError(
-            f"the judge {name!r} gave {scores[first]} for {shorten(responses[first])}; a score is a finite number: mend "
-            "the function, or take the prompts out that it cannot judge"
+            f"the judge {name!r} gave {scores[first]} for {shorten(responses[first])}; a score is a finite number: "
+            "mend the function, or take the prompts out that it cannot judge"
         )
     return scores
 
