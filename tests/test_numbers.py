@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 import torch
 
 from prefdistill.cli import main
+from prefdistill.data.table import shorten
 from prefdistill.data.tree import Tree
 from prefdistill.errors import DataError, TrainingError
+from prefdistill.models.forward import TreeModel
 from prefdistill.progress import silent
 from prefdistill.training.checkpoints import train_to_end
 from prefdistill.training.distill import DistillExample, DistillTrainer
+from prefdistill.training.sft import SFTTrainer
 from prefdistill.training.trees import TreeTrainer
 from test_distill import config, examples_near, policy
 from test_pipeline import data, model_folder  # noqa: F401
@@ -125,3 +129,19 @@ def test_the_command_says_so_and_ends_with_2(data, model_folder, tmp_path, capsy
     assert "lower learning_rate" in last
     assert '("' in last, "prompts by their words"
     assert not (tmp_path / "run" / "policy").exists()
+
+
+@pytest.mark.parametrize("stage", ["start", "reference"])
+def test_prompts_are_named_by_their_words_in_every_stage(stage, data, model_folder, tmp_path, capsys, monkeypatch):  # noqa: F811
+    flags = ["--data", str(data), "--model", str(model_folder), "--output-dir", str(tmp_path / "run")]
+    flags += ["--methods", "dpo", "--precision", "float32", "--sft.enabled", str(stage == "start").lower()]
+    if stage == "start":
+        monkeypatch.setattr(SFTTrainer, "loss_of", lambda self, values, inputs: values.sum() * math.nan)
+    else:
+        monkeypatch.setattr(
+            TreeModel, "logps", lambda self, batch, hidden=None: torch.full((batch.responses,), math.nan)
+        )
+    assert main(["distill", *flags]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    prompts = [json.loads(line)["prompt"] for line in data.read_text().splitlines()]
+    assert any(shorten(p) in said for p in prompts), said

@@ -288,6 +288,8 @@ class RunConfig:
                 lora, remedy = options.lora_rank > 0, f"set {section}.lora_rank, to 16 say"
             if options.use_dora and not lora:
                 raise ConfigError(f"{section}.use_dora is a way of training an adapter; {remedy}, or leave it off")
+            if section == "distill" and options.adapters and not lora:
+                raise ConfigError(f"distill.adapters: all weights are trained, there is no adapter; {remedy}")
             if options.load_in_4bit and not lora:
                 raise ConfigError(
                     f"{section}.load_in_4bit needs an adapter, since 4-bit weights cannot be trained; {remedy}, or "

@@ -177,6 +177,7 @@ class DistillOptions:
         use_dora: DoRA in place of LoRA.
         load_in_4bit: the adapter on the reference rounded to NF4 (QLoRA, by bitsandbytes): an eighth of the memory of
             its weights. Training measures against the rounded reference, the report against the true one.
+        adapters: save the policy as a PEFT adapter, a few megabytes on its base, instead of a whole model.
         warmup_fraction: share of the steps in which the learning rate rises.
         logging_steps: steps between lines of the history.
         save_steps: steps between checkpoints, from which a stopped run goes on.
@@ -203,6 +204,7 @@ class DistillOptions:
     lora_rank: int = 16
     use_dora: bool = False
     load_in_4bit: bool = False
+    adapters: bool = False
     warmup_fraction: float = 0.1
     logging_steps: int = 5
     save_steps: int = 50

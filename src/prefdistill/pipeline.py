@@ -20,6 +20,7 @@ from prefdistill.evaluation.engine import check_vllm
 from prefdistill.evaluation.judges import is_oracle, load_oracle, oracle_fingerprint
 from prefdistill.lock import HOLDER, LOCK, held
 from prefdistill.manifest import Manifest, StageRecord, file_fingerprint, fingerprint_of
+from prefdistill.models.adapter_folders import is_adapter
 from prefdistill.models.loading import check_classifier, load_config, reads_text_pairs
 from prefdistill.models.precision import forward_seconds
 from prefdistill.models.quantise import check_4bit
@@ -353,6 +354,13 @@ def _is_run(root: Path) -> bool:
 def _check_models(job: Run) -> None:
     """Raises ConfigError for a judge or a ready reward model that is not there or is none."""
     config = job.config
+    for method in config.methods:
+        own = config.distill.of(method)
+        if own.adapters and not own.load_in_4bit and is_adapter(job.reference):
+            raise ConfigError(
+                f"distill.adapters: the model {job.reference!r} is itself an adapter, and none can stand on another; "
+                "give it with its adapter merged, or leave distill.adapters off"
+            )
     if is_oracle(config.evaluate.judge):
         load_oracle(config.evaluate.judge)
     elif config.evaluate.judge != "heldout":

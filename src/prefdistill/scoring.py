@@ -26,7 +26,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from prefdistill import ranks
 from prefdistill.data.keyed import Keyed
 from prefdistill.data.table import response_key
-from prefdistill.data.tree import Tree, batches_by_tokens
+from prefdistill.data.tree import Tree, batches_by_tokens, shape_of
 from prefdistill.errors import ConfigError, DataError
 from prefdistill.models.adapter_folders import ADAPTER_CONFIG, adapter_base, is_adapter
 from prefdistill.models.backbone import device_of, unwrap
@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 Forward = Callable[[Any, Any], dict[str, torch.Tensor]]
 SHARD_TOKENS = 40_000
+NAMES_SHOWN = 4
 
 
 class Column:
@@ -186,6 +187,7 @@ def fill_columns(
     pool: bool = False,
     pool_pad_id: int | None = None,
     progress: Progress = silent,
+    name_of: Callable[[Tree], str] = shape_of,
 ) -> int:
     """Computes what the columns lack, in length-sorted tree batches; returns how many responses were computed.
 
@@ -198,9 +200,10 @@ def fill_columns(
         load: gives the model; not called where nothing is missing.
         pool: read rewards where transformers pools, at the last token that is not the model's pad token.
         pool_pad_id: pad token of the classifiers that will stand on these features, read as they would.
+        name_of: what a message calls a tree's prompt.
 
     Raises:
-        DataError: a value is not finite; the message says how many and what to look at.
+        DataError: a value is not finite; the message says how many, of which prompts, and what to look at.
     """
     missing = _missing(columns, trees)
     count = sum(len(part.responses) for part in missing)
@@ -233,18 +236,26 @@ def fill_columns(
                 tick(sum(t.tokens for t in trees_of_batch))
             for name, column in columns.items():
                 joined = np.concatenate(values[name])
-                if not np.isfinite(joined).all():
-                    bad = int((~np.isfinite(joined)).reshape(len(joined), -1).any(1).sum())
-                    raise DataError(
-                        f"{bad} of {len(joined)} values of the column {name!r} are not finite; the model overflows "
-                        "(try precision: float32) or its weights are broken"
-                    )
+                owners = [part for parts in group for part in parts for _ in part.responses]
+                _check_finite(name, joined, owners, lambda part: name_of(part.tree(trees)))
                 column.add(keys, joined, first[name] + number)
     if ranks.count() > 1:
         ranks.wait()
         for column in columns.values():
             column.refresh()
     return count
+
+
+def _check_finite(column: str, values: np.ndarray, owners: Sequence[_Part], name_of: Callable[[_Part], str]) -> None:
+    bad = np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(1)).tolist()
+    if bad:
+        prompts = list(dict.fromkeys(owners[i] for i in bad))
+        shown = "; ".join(name_of(p) for p in prompts[:NAMES_SHOWN]) + ("; ..." if len(prompts) > NAMES_SHOWN else "")
+        raise DataError(
+            f"{len(bad)} of {len(values)} values of the column {column!r} are not finite, of responses to "
+            f"{len(prompts)} prompts ({shown}); the model overflows (look at them, try precision: float32) or its "
+            "weights are broken"
+        )
 
 
 def _scorer(model: nn.Module) -> TreeModel | SequenceModel:

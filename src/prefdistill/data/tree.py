@@ -36,6 +36,11 @@ class Tree:
         return len(self.prompt_ids) + sum(len(r) for r in self.responses)
 
 
+def shape_of(tree: Tree) -> str:
+    """How a message calls a prompt that nobody named."""
+    return f"{len(tree.prompt_ids)} tokens from {', '.join(map(str, tree.prompt_ids[:4]))} on"
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a tree stands in a row: its first token, and the lengths of its prompt and of its responses."""

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from prefdistill.data.tree import Tree
-from prefdistill.models.loading import add_lora, new_classifier, save_model
-from prefdistill.models.merging import written_out
+from prefdistill.models.loading import add_lora, new_classifier, save_adapter, save_model
+from prefdistill.models.merging import on_written_out, written_out
 from prefdistill.models.quantise import load_policy_4bit, new_classifier_4bit
 from prefdistill.options import DistillOptions
 from prefdistill.scoring import Column, fill_columns, logps_forward, model_fingerprint
@@ -25,6 +25,19 @@ def new_policy(run: Run, options: DistillOptions) -> Any:
     if options.lora_rank == 0:
         return policy
     return add_lora(policy, rank=options.lora_rank, use_dora=options.use_dora, task="CAUSAL_LM")
+
+
+def save_policy(run: Run, policy: Any, options: DistillOptions, folder: Path) -> list[Path]:
+    """Writes a trained policy, whole or as an adapter; returns the folders that make it, its base's among them.
+
+    An adapter that was trained on 4-bit weights stands on these, written out.
+    """
+    if not options.adapters:
+        save_model(policy, run.tokenizer, folder)
+        return [folder]
+    base = rounded_base(run, run.reference) if options.load_in_4bit else None
+    save_adapter(on_written_out(policy), run.tokenizer, folder, run.reference if base is None else str(base))
+    return [folder] if base is None else [folder, base]
 
 
 def new_member(run: Run, base: str, pad_id: int) -> Any:
@@ -55,6 +68,7 @@ def fill_rounded_reference(run: Run, trees: Sequence[Tree], true: Column) -> str
         token_budget=run.config.score.token_budget,
         precision=run.precision,
         progress=run.progress,
+        name_of=run.words_of,
     )
     gaps = np.concatenate([column.of(t) - true.of(t) for t in trees])
     tokens = sum(len(r) for t in trees for r in t.responses)

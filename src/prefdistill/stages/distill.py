@@ -14,9 +14,8 @@ from prefdistill import ranks
 from prefdistill.atomic import write_json
 from prefdistill.data.table import PromptGroup
 from prefdistill.errors import ConfigError
-from prefdistill.models.loading import save_model
 from prefdistill.models.merging import merged
-from prefdistill.stages.bases import new_policy, rounded_reference_column
+from prefdistill.stages.bases import new_policy, rounded_reference_column, save_policy
 from prefdistill.stages.reference import reference_columns
 from prefdistill.stages.rewards import member_rewards
 from prefdistill.stages.run import Run
@@ -134,16 +133,17 @@ def train_policy(run: Run, method: str, fingerprint: str) -> tuple[list[Path], s
     if selected is not None:
         put_weights(policy, kept_file(work, selected["chosen"]))
 
-    def finish() -> None:
-        save_model(policy, run.tokenizer, folder)
+    def finish() -> list[Path]:
+        outputs = save_policy(run, policy, options, folder)
         write_json(folder / "history.json", history)
         if selected is not None:
             write_json(folder / "checkpoints.json", selected)
         if trainer.mixture is not None:
             write_json(folder / "mixture.json", promises(examples, trainer.mixture, beta=options.beta))
         shutil.rmtree(work, ignore_errors=True)
+        return outputs
 
-    ranks.from_main(finish)
+    outputs = ranks.from_main(finish)
     said = f"{method}: {trainer.state.global_step} steps"
     said += f", that of step {selected['chosen']} kept" if selected is not None else ""
     if history and "logps/chosen_change" in history[-1]:
@@ -152,4 +152,4 @@ def train_policy(run: Run, method: str, fingerprint: str) -> tuple[list[Path], s
             f"; margins {last['rewards/margins']:+.3f}, accuracy {last['rewards/accuracies']:.2f}, chosen log-prob "
             f"{last['logps/chosen_change']:+.2f} nats since the start"
         )
-    return [folder], said
+    return outputs, said

@@ -45,6 +45,7 @@ def fill_policy(run: Run, method: str, trees: list[Tree]) -> Column:
         token_budget=run.config.score.token_budget,
         precision=run.precision,
         progress=run.progress,
+        name_of=run.words_of,
     )
     return column
 

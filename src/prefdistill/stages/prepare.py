@@ -180,7 +180,7 @@ def make_start(run: Run, fingerprint: str) -> tuple[list[Path], str]:
             save_steps=50,
         )
     )
-    trainer = SFTTrainer(policy, arguments, trees=trees)
+    trainer = SFTTrainer(policy, arguments, trees=trees, name_of=run.words_of)
     train_to_end(trainer, folder, run.progress)
     history = [h["token_nll"] for h in trainer.state.log_history if "token_nll" in h]
 

@@ -64,6 +64,7 @@ def fill_reference(run: Run, trees: Sequence[Tree]) -> tuple[dict[str, Column], 
         precision=run.precision,
         pool_pad_id=classifier_pad(run),
         progress=run.progress,
+        name_of=run.words_of,
     )
     return columns, computed
 

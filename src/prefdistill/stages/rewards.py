@@ -21,7 +21,7 @@ from prefdistill.scoring import (
 )
 from prefdistill.stages.encoders import encoder_of, member_trees
 from prefdistill.stages.reference import features_of, reference_columns
-from prefdistill.stages.run import Run
+from prefdistill.stages.run import Run, words_of
 
 FEATURES_AT_ONCE = 50_000  # responses
 
@@ -102,6 +102,7 @@ def fill_rewards(run: Run, column: Column, folder: str, trees: Sequence[Tree], c
         precision=run.precision,
         pool=True,
         progress=run.progress,
+        name_of=lambda tree: words_of(encoder_of(run, folder).tokenizer, tree),
     )
 
 

@@ -18,7 +18,7 @@ from prefdistill import ranks
 from prefdistill.atomic import write_json
 from prefdistill.config import RunConfig
 from prefdistill.data.group_files import read_groups
-from prefdistill.data.table import Groups
+from prefdistill.data.table import Groups, shorten
 from prefdistill.data.tokenise import Encoder
 from prefdistill.data.tree import Tree
 from prefdistill.models.adapters import Classifiers
@@ -39,6 +39,11 @@ from prefdistill.training.trackers import track_in
 
 PRECISIONS = ("float32", "bfloat16")
 _SHARED = re.compile(r"-[0-9a-f]{12}$")  # ends the names of columns that runs share
+
+
+def words_of(tokenizer: Any, tree: Tree) -> str:
+    """A prompt's first words, in quotes."""
+    return shorten(tokenizer.decode(tree.prompt_ids))
 
 
 @dataclass
@@ -139,6 +144,10 @@ class Run:
             max_response_tokens=options.max_response_tokens,
             end_ids=self.generation_end_ids,
         )
+
+    def words_of(self, tree: Tree) -> str:
+        """What a message calls the prompt of a tree in the policy's tokens."""
+        return words_of(self.tokenizer, tree)
 
     @cached_property
     def tokenizer_fingerprint(self) -> str:

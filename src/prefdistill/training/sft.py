@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import transformers
 from torch import Tensor, nn
 
-from prefdistill.data.tree import Tree, TreeBatch
-from prefdistill.training.trees import TreeTrainer
+from prefdistill.data.tree import Tree, TreeBatch, shape_of
+from prefdistill.training.trees import Item, TreeTrainer
 
 
 class SFTTrainer(TreeTrainer):
@@ -17,6 +17,7 @@ class SFTTrainer(TreeTrainer):
 
     Args:
         trees: a prompt with its demonstrations each.
+        name_of: what errors call a tree's prompt.
     """
 
     dropout = True  # demonstrations are learnt, nothing is compared
@@ -28,8 +29,10 @@ class SFTTrainer(TreeTrainer):
         *,
         trees: Sequence[Tree],
         eval_trees: Sequence[Tree] | None = None,
+        name_of: Callable[[Tree], str] = shape_of,
         **kwargs: Any,
     ) -> None:
+        self._tree_name = name_of
         super().__init__(
             model,
             args,
@@ -38,6 +41,9 @@ class SFTTrainer(TreeTrainer):
             join=lambda items: {},
             **kwargs,
         )
+
+    def name_of(self, item: Item) -> str:
+        return self._tree_name(item["tree"])
 
     def values_of(self, batch: TreeBatch) -> Tensor:
         return self.tree_model.token_logps(batch)

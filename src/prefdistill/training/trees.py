@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from prefdistill.data.tree import Tree, TreeBatch
+from prefdistill.data.tree import TreeBatch, shape_of
 from prefdistill.errors import TrainingError
 from prefdistill.models.compiled import check_compiler, compile_layers
 from prefdistill.models.forward import TreeModel
@@ -20,11 +20,6 @@ from prefdistill.training.processes import route_tree_calls, together
 
 Item = Mapping[str, Any]
 NAMES_SHOWN = 4
-
-
-def _shape(tree: Tree) -> str:
-    """How a prompt is called that nobody named."""
-    return f"{len(tree.prompt_ids)} tokens from {', '.join(map(str, tree.prompt_ids[:4]))} on"
 
 
 def without_dropout(model: nn.Module) -> None:
@@ -87,7 +82,7 @@ class TreeTrainer(transformers.Trainer):
                 del os.environ[name]
 
         self.join = join
-        self._names: list[str] = []
+        self._last: Sequence[Item] = ()  # of the step under way
         self._recorded: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         super().__init__(
             model=model,
@@ -105,6 +100,10 @@ class TreeTrainer(transformers.Trainer):
     def loss_of(self, values: Tensor, inputs: Mapping[str, Any]) -> Tensor:
         """The batch's mean loss, a scalar, from what `values_of` and `join` gave for the trees of all processes."""
         raise NotImplementedError
+
+    def name_of(self, item: Item) -> str:
+        """What errors call a prompt."""
+        return item.get("name") or shape_of(item["tree"])
 
     def record(self, **values: Tensor | float) -> None:
         """Keeps a metric of this batch for the next log line; its mean over the batches is logged."""
@@ -131,7 +130,7 @@ class TreeTrainer(transformers.Trainer):
             values = call()
         loss = self.loss_of(values, self.join(items))
         if self.model.training:
-            self._names = [item.get("name") or _shape(item["tree"]) for item in items]
+            self._last = items
             self._check_finite("loss", loss.detach())
         # Processes average their gradients, and every one has the whole loss but its own share of the gradient.
         loss = loss + (self.args.world_size - 1) * (loss - loss.detach())
@@ -170,9 +169,10 @@ class TreeTrainer(transformers.Trainer):
                 cause += "; or an earlier step was too large: lower learning_rate"
         else:
             cause = "the loss is finite and too steep: lower learning_rate, or try float32"
-        shown = "; ".join(self._names[:NAMES_SHOWN]) + ("; ..." if len(self._names) > NAMES_SHOWN else "")
+        names = [self.name_of(item) for item in self._last]
+        shown = "; ".join(names[:NAMES_SHOWN]) + ("; ..." if len(names) > NAMES_SHOWN else "")
         raise TrainingError(
-            f"the {what} is {float(value.flatten()[0])} in step {self.state.global_step + 1}, on {len(self._names)} "
+            f"the {what} is {float(value.flatten()[0])} in step {self.state.global_step + 1}, on {len(names)} "
             f"prompts ({shown}): {cause}; {what_is_kept(self.args.output_dir)}"
         )
 
