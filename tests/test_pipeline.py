@@ -96,13 +96,18 @@ def test_run_twice_does_nothing_the_second_time(data, model_folder, tmp_path, ca
     assert not [p for p in before if ".part-" in p.name]
 
     # What a killed process left half-written goes, but not what another run may be writing, nor what is not ours.
-    names = ["data/.x.parquet.part-12", "reward/.member-0.old-7/f", "columns/logps-0123456789ab/.s.part-1", ".a.part-b"]
+    names = [
+        "data/.x.parquet.part-12-00c0ffee",
+        "reward/.member-0.old-7-00c0ffee/f",
+        "columns/logps-0123456789ab/.s.part-1-00c0ffee",
+        ".a.part-b",
+    ]
     for name in names:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text("half")
     pipeline.run(config)
     assert [(out / name).exists() for name in names] == [False, False, True, True]
-    assert not (out / "reward" / ".member-0.old-7").exists()
+    assert not (out / "reward" / ".member-0.old-7-00c0ffee").exists()
 
     # Members and policies are ordinary folders.
     member = transformers.AutoModelForSequenceClassification.from_pretrained(out / "reward" / "member-0")

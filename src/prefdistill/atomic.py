@@ -6,16 +6,18 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-_UNFINISHED = re.compile(r"\..+\.(part|old)-\d+")  # the names that are used below
+_UNFINISHED = re.compile(r"\..+\.(part|old)-\d+-[0-9a-f]{8}")  # what _beside makes
 
 
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.part-{os.getpid()}")
+def _beside(path: Path, kind: str = "part") -> Path:
+    """A name of this process's own; containers and hosts on one file system may have the same process id."""
+    return path.with_name(f".{path.name}.{kind}-{os.getpid()}-{secrets.token_hex(4)}")
 
 
 def remove_unfinished(root: Path, but: Callable[[Path], bool]) -> None:
@@ -51,12 +53,11 @@ def fresh_folder(path: Path) -> Iterator[Path]:
     """An empty folder to fill; it replaces `path` when the block ends well, and is removed when it does not."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = _beside(path)
-    shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     try:
         yield part
         if path.exists():
-            old = path.with_name(f".{path.name}.old-{os.getpid()}")
+            old = _beside(path, "old")
             os.replace(path, old)
             os.replace(part, path)
             shutil.rmtree(old)
