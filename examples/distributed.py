@@ -31,6 +31,8 @@ def main(folder: str, method: str, out: str) -> None:
     trainer = DistillTrainer(policy, arguments, examples=examples)
     trainer.train()
     trainer.save_model(out)
+    if trainer.is_world_process_zero():
+        run.tokenizer.save_pretrained(out)
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

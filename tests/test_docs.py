@@ -54,7 +54,7 @@ NOT_RUN = {
     "source .venv/bin/activate": "of the shell alone",
     "torchrun --nproc-per-node 2 -m prefdistill run examples/pairs.yaml": "starts processes; test_processes.py does so",
 }
-OF_TORCHRUN = ("--nnodes", "--rdzv-endpoint")
+OF_LAUNCHERS = ("--nnodes", "--rdzv-endpoint", "--num_processes")
 # Parsed to their end, and stopped where the work would begin.
 STOPPED = {
     "prefdistill experiment length-bias --quick": "runs for half an hour, on the real embedded model",
@@ -226,7 +226,7 @@ def test_commands_and_options_in_the_text_exist(capsys):
         with pytest.raises(SystemExit):
             main([name, "--help"])
         helped[name] = capsys.readouterr().out
-    flags = {*options_of(RunConfig), *SHORT, "--help", "--version"} | {underscored(flag) for flag in OF_TORCHRUN}
+    flags = {*options_of(RunConfig), *SHORT, "--help", "--version"} | {underscored(flag) for flag in OF_LAUNCHERS}
     flags |= {underscored(flag) for text in helped.values() for flag in re.findall(r"--[\w-]+", text)}
     sections = [f.name for f in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(f.default_factory)]
     option = re.compile(rf"({'|'.join(sections)})\.[a-z0-9_]+")

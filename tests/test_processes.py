@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,23 +13,30 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
+import transformers
+import yaml
 
 from prefdistill import cli, pipeline, ranks
 from prefdistill.errors import ConfigError
 from test_pipeline import data, model_folder, rows, small  # noqa: F401
 
 HERE = Path(__file__).parent
+EXAMPLES = HERE.parent / "examples"
 
 
-def launch(processes: int, *arguments: str) -> subprocess.Popen:
-    return started(processes, str(HERE / "two_processes.py"), *arguments)
+def launch(processes: int, *arguments: str, by: list[str] | None = None) -> subprocess.Popen:
+    return started(processes, str(HERE / "two_processes.py"), *arguments, by=by)
 
 
-def started(processes: int, *command: str) -> subprocess.Popen:
-    """A script with its arguments, in so many processes."""
-    if processes > 1:
+def started(processes: int, *command: str, by: list[str] | None = None) -> subprocess.Popen:
+    """A script with its arguments, in so many processes, by torchrun if nothing else is said."""
+    if by is not None:
+        command = [*by, f"--num_processes={processes}", *command]
+    elif processes > 1:
         command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *command]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "CUDA_VISIBLE_DEVICES": ""}
+    paths = os.pathsep.join([str(HERE), str(HERE.parent / "src")])
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
         [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
     )
@@ -41,22 +49,34 @@ def done(process: subprocess.Popen, status: int = 0) -> str:
     return out + err
 
 
+def accelerate(file: str, *flags: str) -> list[str]:
+    """`accelerate launch` with a file of the examples, on a port that is free."""
+    config = str(EXAMPLES / "accelerate" / file)
+    return ["-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port=0", *flags]
+
+
 KINDS = ["distill", "reward", "sft", "fsdp2"]
+# `accelerate launch --cpu` would start one process, whatever --num_processes says; without GPUs ddp.yaml starts them.
+LAUNCHERS = {"torchrun": None, "accelerate launch": accelerate("ddp.yaml")}
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """What one process and what two made of every kind of training, on batches of four."""
+    """What one process and what two, by each launcher, made of every kind of training, on batches of four."""
     folder = tmp_path_factory.mktemp("trained")
-    for n in (1, 2):
-        done(launch(n, "train", str(folder / f"{n}.json"), str(4 // n)))
-    return [json.loads((folder / f"{n}.json").read_text()) for n in (1, 2)]
+
+    def curves(processes: int, by: list[str] | None) -> dict:
+        done(launch(processes, "train", str(folder / "curves.json"), str(4 // processes), by=by))
+        return json.loads((folder / "curves.json").read_text())
+
+    return curves(1, None), {launcher: curves(2, by) for launcher, by in LAUNCHERS.items()}
 
 
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_are_one(kind, trained):
+def test_two_processes_are_one(kind, launcher, trained):
     """The same global batch, float32: loss, gradient norm and every metric to 1e-5, though shares differ in pairs."""
-    one, two = (of[kind] for of in trained)
+    one, two = trained[0][kind], trained[1][launcher][kind]
     assert len(one["curve"]) == len(two["curve"]) >= 4
     assert one["curve"][0]["loss"] != pytest.approx(one["curve"][-1]["loss"], rel=1e-2), "nothing was learnt"
     for a, b in zip(one["curve"], two["curve"], strict=True):
@@ -180,18 +200,57 @@ def test_two_processes_go_on_where_they_were_stopped(runs, made):
         assert (stopped / name).read_bytes() == (whole / name).read_bytes(), name
 
 
+def log_of(folder: Path) -> list[dict[str, float]]:
+    """What a Trainer wrote of its steps beside its last checkpoint."""
+    last = max(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    return [h for h in json.loads((last / "trainer_state.json").read_text())["log_history"] if "loss" in h]
+
+
+def example(processes: int, run: Path, out: Path, *before: str, by: list[str] | None = None) -> str:
+    return done(started(processes, *before, str(EXAMPLES / "distributed.py"), str(run), "e-dpo", str(out), by=by))
+
+
 def test_the_example_takes_the_steps_of_the_run(runs, tmp_path):
     """examples/distributed.py in two processes, on the columns that one process scored."""
     folder, _ = runs
-    arguments = [str(HERE.parent / "examples" / "distributed.py"), str(folder / "1"), "e-dpo", str(tmp_path / "out")]
-    done(started(2, *arguments))
-    last = max((tmp_path / "out").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
-    lines = [h for h in json.loads((last / "trainer_state.json").read_text())["log_history"] if "loss" in h]
+    example(2, folder / "1", tmp_path / "out")
+    lines = log_of(tmp_path / "out")
     history = json.loads((folder / "1" / "policy" / "e-dpo" / "history.json").read_text())
     assert len(lines) == len(history) > 4
     for line, of_run in zip(lines, history, strict=True):
         assert line == pytest.approx(of_run, rel=1e-4, abs=1e-5)
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 16])
+def test_the_example_shards_as_its_launcher_says(rank, runs, tmp_path):
+    """accelerate's FSDP2 by examples/accelerate/fsdp2.yaml, all weights or an adapter, against one process.
+
+    The run's precision counts, float32: the launcher's is another one.
+    """
+    folder, _ = runs
+    run = shutil.copytree(folder / "1", tmp_path / "run")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["distill"]["lora_rank"] = rank
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    example(1, run, tmp_path / "one")
+    by = accelerate("fsdp2.yaml", "--mixed_precision=bf16")
+    said = example(2, run, tmp_path / "two", str(HERE / "sharded_on_cpu.py"), by=by)
+    assert said.count("sharded: 50% of the weights here, 0 parameters whole") == 2
+    one, two = (log_of(tmp_path / n) for n in ("one", "two"))
+    assert len(one) == len(two) > 4
+    assert one[0]["loss"] != pytest.approx(one[-1]["loss"], rel=1e-2)
+    for a, b in zip(one, two, strict=True):
+        assert b == pytest.approx(a, rel=1e-4, abs=5e-5)  # changes are small differences of sums over tokens
+    # What it saved is whole again, and an ordinary folder; with an adapter transformers puts it on its base.
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "two")
+    ids = torch.tensor([tokenizer("Describe red green: old new")["input_ids"]])
+    saved = [transformers.AutoModelForCausalLM.from_pretrained(tmp_path / n) for n in ("one", "two")]
+    start = transformers.AutoModelForCausalLM.from_pretrained(config["model"])
+    with torch.no_grad():
+        one, two, before = (m(ids).logits.log_softmax(-1) for m in (*saved, start))
+    torch.testing.assert_close(two, one, rtol=0, atol=1e-4)
+    assert (one - before).abs().max() > 1e-2
 
 
 def test_what_a_launch_cannot_do_is_said(data, model_folder, tmp_path, monkeypatch, capsys):  # noqa: F811

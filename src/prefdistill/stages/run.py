@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -211,6 +212,8 @@ class Run:
         Checkpoints are put off to the next log line, since what is recorded between lines is in no checkpoint.
         """
         options["per_device_train_batch_size"] //= ranks.count()  # a batch is that of all processes
+        # accelerate's launcher sets it, and transformers would follow it before the option `precision`.
+        os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
         every = options.get("logging_steps", 1)
         if "save_steps" in options:
             options["save_steps"] = -(-options["save_steps"] // every) * every
