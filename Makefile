@@ -50,7 +50,7 @@ test: setup-dev ## the quick test suite
 test-slow: setup-dev ## the slow proofs: the main job on the real embedded model
 	$(BIN)/python -m pytest -m slow
 
-crash-test: setup-dev ## N=50 kills -9 at random instants of a tiny run: all come out bit-identical
+crash-test: setup-dev ## N=50 kills -9 at random instants of tiny runs: all come out bit-identical
 	$(BIN)/python tests/crash/harness.py $(N)
 
 flip-test: setup-dev ## N=200 random damages to files of tiny runs: found, named, computed again or refused

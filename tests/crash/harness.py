@@ -1,8 +1,9 @@
 """`make crash-test N=50`: runs killed with SIGKILL at random instants and started again come out bit-identical.
 
-A tiny model goes through every stage. One run is left alone. Others are killed, mostly several times each, at instants
-drawn over their whole length, until there were N kills. Then, for every run: the files that make its result are those
-of the undisturbed one to the byte, and no stage that the manifest called done before a kill ran again after it.
+A tiny model goes through every stage, with members and a judge that are heads (the default) or adapters (LoRA). Of each
+kind one run is left alone. Others, of the kinds in turn, are killed, mostly several times each, at instants drawn over
+their whole length, until there were N kills. Then, for every run: the files that make its result are those of the
+undisturbed one of its kind to the byte, and no stage that the manifest called done before a kill ran again after it.
 """
 
 from __future__ import annotations
@@ -32,11 +33,7 @@ OPTIONS = {
     "sft.batch_prompts": 4,
     "sample.reference_per_prompt": 2,
     "sample.max_new_tokens": 6,
-    "reward.hold": "lora",
-    "reward.lora_rank": 2,
     "reward.members": 2,
-    "reward.epochs": 2,
-    "reward.batch_prompts": 4,
     "distill.epochs": 3,
     "distill.batch_prompts": 4,
     "distill.logging_steps": 1,
@@ -46,6 +43,17 @@ OPTIONS = {
     "evaluate.max_new_tokens": 6,
     "evaluate.samples": 2,
     "evaluate.chosen_prompts": 4,
+    "evaluate.judge": "heldout",
+}
+KINDS = {
+    "adapters": {
+        **OPTIONS,
+        "reward.hold": "lora",
+        "reward.lora_rank": 2,
+        "reward.epochs": 2,
+        "reward.batch_prompts": 4,
+    },
+    "heads": OPTIONS,
 }
 # What a run leaves: not the manifest, which tells how long stages took, nor the report, which shows it.
 RESULT = ("**/*.safetensors", "data/*.parquet", "columns/**/*.parquet", "evaluation/**/*.json", "policy/*/*.json")
@@ -126,27 +134,38 @@ def prepare(folder: Path, options: dict | None = None, prompts: int = 40) -> Pat
     return config
 
 
-def crash(kills: int, seed: int, folder: Path, say=print) -> int:
+class Undisturbed:
+    """A kind of run that nothing happens to: its configuration, length and result."""
+
+    def __init__(self, kind: str, folder: Path, out: Path, log: Path, prompts: int) -> None:
+        folder.mkdir()
+        self.kind, self.config = kind, prepare(folder, KINDS[kind], prompts)
+        began = time.monotonic()
+        attempt(self.config, out, log, None)
+        self.length = time.monotonic() - began
+        self.files, self.stages = result_of(out), list(stages_of(log))
+        shutil.rmtree(out)
+
+
+def crash(kills: int, seed: int, folder: Path, say=print, *, prompts: int = 40) -> int:
     """Kills runs until there were so many kills; returns how many kills ended in a result that is not identical."""
     draw = random.Random(seed)
-    config, log = prepare(folder), folder / "log"
-    began = time.monotonic()
-    out = folder / "run"  # one place for all: results name the members' folders
-    attempt(config, out, log, None)
-    length = time.monotonic() - began
-    whole, planned = result_of(out), list(stages_of(log))
-    shutil.rmtree(out)
-    say(f"undisturbed: {length:.1f} s, {len(planned)} stages, {len(whole)} files of the result")
+    log, out = folder / "log", folder / "run"  # one place for all: results name the members' folders
+    kinds = [Undisturbed(kind, folder / kind, out, log, prompts) for kind in KINDS]
+    for whole in kinds:
+        say(f"undisturbed, {whole.kind}: {whole.length:.1f} s, {len(whole.stages)} stages, {len(whole.files)} files")
     done = bad = run = 0
     struck: Counter[str] = Counter()
     while done < kills:
+        whole = kinds[run % len(kinds)]
         run += 1
         finished, own = False, 0
         kept: list[str] = []
         while not finished:
-            # The instant lies anywhere in what is left of the run; now and then it comes to its end.
-            deadline = draw.uniform(0.0, length) if done < kills else None
-            finished = attempt(config, out, log, deadline)
+            # The instant lies anywhere in what is left of the run; now and then it comes to its end. No run has them
+            # all, so that every kind has some.
+            deadline = draw.uniform(0.0, whole.length) if done < kills and own < -(-kills // len(kinds)) else None
+            finished = attempt(whole.config, out, log, deadline)
             said = stages_of(log)
             again = [s for s in kept if s in said and said[s] != "done before"]
             if again:
@@ -157,7 +176,7 @@ def crash(kills: int, seed: int, folder: Path, say=print) -> int:
             if not finished:
                 done, own = done + 1, own + 1
                 struck[next((s for s in reversed(said) if s not in kept), "between") if said else "start-up"] += 1
-        wrong = differences(whole, result_of(out))
+        wrong = differences(whole.files, result_of(out))
         left = [str(p.relative_to(out)) for p in out.rglob("*.part-*")]
         if wrong:
             say(f"run {run}, {own} kills: differs in {', '.join(wrong[:5])}")
