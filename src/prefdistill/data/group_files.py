@@ -117,6 +117,8 @@ def write_scored(
 ) -> None:
     """The labelled pairs with their columns, one row a pair, under TRL's names where TRL has one.
 
+    The ids are those that the columns are of: TRL's own may go on behind the end of a turn.
+
     Args:
         logps: a prompt's reference log-probs [R].
         rewards: [K][group] -> [R].
@@ -127,6 +129,7 @@ def write_scored(
     schema = pa.schema(
         [
             *((name, kind) for name in ("prompt", "chosen", "rejected")),
+            *((name, pa.list_(pa.int32())) for name in ("prompt_ids", "chosen_ids", "rejected_ids")),
             ("split", pa.string()),
             *((name, pa.float64()) for name in ("ref_chosen_logps", "ref_rejected_logps")),
             *((name, pa.list_(pa.float64())) for name in ("rewards_chosen", "rewards_rejected")),
@@ -141,6 +144,9 @@ def write_scored(
                     "prompt": shape(g.prompt),
                     "chosen": shape(g.responses[c].text),
                     "rejected": shape(g.responses[r].text),
+                    "prompt_ids": list(g.ids),
+                    "chosen_ids": list(g.responses[c].ids),
+                    "rejected_ids": list(g.responses[r].ids),
                     "split": g.split,
                     "ref_chosen_logps": float(of_group[c]),
                     "ref_rejected_logps": float(of_group[r]),
