@@ -1,4 +1,4 @@
-"""`python -m benchmarks.scaling`: the cost model against measured steps of three shapes, and what it tells of larger.
+"""`python -m benchmarks.scaling`: the cost model, fitted on one shape, against two others, and what it tells of larger.
 
 Writes benchmarks/scaling.json and docs/scaling-tables.md; docs/scaling.md says what to make of them.
 """
@@ -170,6 +170,9 @@ def tables(found: dict[str, Any]) -> str:
         f"{CALIBRATED}: steps reach {shares} of that rate.",
         "",
         "## Against measured points",
+        "",
+        f"Seconds are checked at {' and '.join(size for size in CHECKED if size != CALIBRATED)}: those of {CALIBRATED} "
+        "are the fit, and agree with themselves. Gigabytes are counted, beside what a process holds without a model.",
         "",
         _line("step", "shape", "measured, s", "told, s", "off by", "measured, GB", "told, GB", "off by"),
         _line(*["---"] * 8),

@@ -25,7 +25,7 @@ def main(folder: str, method: str, out: str) -> None:
     run = Run(parse("run", [f"{folder}/config.yaml", "--output_dir", folder]))
     examples = training_examples(run, method)
     transformers.set_seed(run.config.seed)  # an adapter starts at random
-    policy = new_policy(run, run.config.distill.of(method))
+    policy = new_policy(run, run.config.distill.of(method), on_host=True)  # no device need hold all of it
     arguments = arguments_of(run, method, Path(out), policy, examples)
     arguments.per_device_train_batch_size //= arguments.world_size  # the option is a whole step's batch
     trainer = DistillTrainer(policy, arguments, examples=examples)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -19,6 +20,8 @@ import yaml
 
 from prefdistill import cli, pipeline, ranks
 from prefdistill.errors import ConfigError
+from prefdistill.stages.bases import new_policy
+from prefdistill.stages.run import Run
 from test_pipeline import data, model_folder, rows, small  # noqa: F401
 
 HERE = Path(__file__).parent
@@ -251,6 +254,19 @@ def test_the_example_shards_as_its_launcher_says(rank, runs, tmp_path):
         one, two, before = (m(ids).logits.log_softmax(-1) for m in (*saved, start))
     torch.testing.assert_close(two, one, rtol=0, atol=1e-4)
     assert (one - before).abs().max() > 1e-2
+
+
+def test_what_is_sharded_is_never_whole_on_a_device(data, model_folder, tmp_path, monkeypatch):  # noqa: F811
+    """The example's policy waits in the host's memory; a run's own goes to the run's device."""
+    job = Run(small(data, model_folder, tmp_path / "run", methods="[dpo]"))
+    monkeypatch.setattr(Run, "device", torch.device("meta"))
+    for on_host, expected in ((True, "cpu"), (False, "meta")):
+        for rank in (0, 4):
+            options = dataclasses.replace(job.config.distill, lora_rank=rank)
+            found = {p.device.type for p in new_policy(job, options, on_host=on_host).base_model.parameters()}
+            assert expected in found
+            assert found <= {expected, "cpu"} if rank else found == {expected}
+    assert "on_host=True" in (EXAMPLES / "distributed.py").read_text(encoding="utf-8")
 
 
 def test_what_a_launch_cannot_do_is_said(data, model_folder, tmp_path, monkeypatch, capsys):  # noqa: F811

@@ -19,9 +19,9 @@ from prefdistill.stages.encoders import encoder_of
 from prefdistill.stages.run import Run
 
 
-def new_policy(run: Run, options: DistillOptions) -> Any:
-    """The reference as training starts from it."""
-    policy = run.load_reference(in_4bit=options.load_in_4bit)
+def new_policy(run: Run, options: DistillOptions, *, on_host: bool = False) -> Any:
+    """The reference as training starts from it; on the host, where a launcher's sharding is to place it."""
+    policy = run.load_reference(in_4bit=options.load_in_4bit, on_host=on_host)
     if options.lora_rank == 0:
         return policy
     return add_lora(policy, rank=options.lora_rank, use_dora=options.use_dora, task="CAUSAL_LM")

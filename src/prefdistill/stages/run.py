@@ -191,14 +191,19 @@ class Run:
     def device(self) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def load_reference(self, *, in_4bit: bool = False) -> torch.nn.Module:
-        """pi_ref on the run's device, in float32 or, to put an adapter on, with its linear layers in 4 bits."""
+    def load_reference(self, *, in_4bit: bool = False, on_host: bool = False) -> torch.nn.Module:
+        """pi_ref on the run's device, in float32 or, to put an adapter on, with its linear layers in 4 bits.
+
+        Args:
+            on_host: leave float32 weights in the host's memory, for a trainer that gives each device its share.
+        """
         trust = self.config.trust_remote_code
         if in_4bit:
             return load_policy_4bit(
                 self.reference, precision=self.precision, device=self.device, trust_remote_code=trust
             )
-        return load_policy(self.reference, trust_remote_code=trust).to(self.device)
+        policy = load_policy(self.reference, trust_remote_code=trust)
+        return policy if on_host else policy.to(self.device)
 
     def classifiers(self) -> Classifiers:
         """A loader of reward models on the run's device; adapters that it loads share their base."""
