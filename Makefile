@@ -14,7 +14,7 @@ HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 INSTALL_TORCH = $(if $(HAS_GPU),$(PIP) install $(TORCH),$(PIP) install $(TORCH)+cpu 2>/dev/null \
 	|| $(PIP) install $(TORCH)+cpu --index-url https://download.pytorch.org/whl/cpu || $(PIP) install $(TORCH))
 
-.PHONY: help setup setup-dev quickstart quickstart-full test test-slow crash-test flip-test fuzz fuzz-bytes benchmark docs lint format embedded clean
+.PHONY: help setup setup-dev quickstart quickstart-full test test-slow crash-test flip-test fuzz fuzz-bytes process-table benchmark docs lint format embedded clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
@@ -62,6 +62,9 @@ fuzz: setup-dev ## N=100000 files of mutated rows: no exception but ours, no row
 fuzz-bytes: setup-dev ## SECONDS=600 of any bytes as every file that is read, guided by coverage (atheris)
 	@$(BIN)/python -c "import atheris" 2>/dev/null || $(PIP) install -e ".[fuzz]"
 	$(BIN)/python tests/fuzz/parsers.py --seconds $(SECONDS)
+
+process-table: setup-dev ## two processes against one, measured; table in docs/trust.md
+	$(BIN)/python scripts/process_table.py
 
 lint: setup-dev ## ruff and mypy
 	$(BIN)/ruff check .

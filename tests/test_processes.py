@@ -19,6 +19,7 @@ import transformers
 import yaml
 
 from prefdistill import cli, pipeline, ranks
+from prefdistill.cli import parse
 from prefdistill.errors import ConfigError
 from prefdistill.stages.bases import new_policy
 from prefdistill.stages.run import Run
@@ -63,16 +64,17 @@ KINDS = ["distill", "reward", "sft", "fsdp2"]
 LAUNCHERS = {"torchrun": None, "accelerate launch": accelerate("ddp.yaml")}
 
 
+def curves(folder: Path, processes: int, by: list[str] | None = None) -> dict:
+    """What so many processes make of every kind of training, on batches of four."""
+    done(launch(processes, "train", str(folder / "curves.json"), str(4 // processes), by=by))
+    return json.loads((folder / "curves.json").read_text())
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """What one process and what two, by each launcher, made of every kind of training, on batches of four."""
+    """The curves of one process and those of two, by each launcher."""
     folder = tmp_path_factory.mktemp("trained")
-
-    def curves(processes: int, by: list[str] | None) -> dict:
-        done(launch(processes, "train", str(folder / "curves.json"), str(4 // processes), by=by))
-        return json.loads((folder / "curves.json").read_text())
-
-    return curves(1, None), {launcher: curves(2, by) for launcher, by in LAUNCHERS.items()}
+    return curves(folder, 1), {launcher: curves(folder, 2, by) for launcher, by in LAUNCHERS.items()}
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
@@ -93,14 +95,12 @@ def test_two_processes_are_one(kind, launcher, trained):
 # -- a whole run ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory, model_folder):  # noqa: F811
-    """Data, and the flags of a run in which every stage that processes share has several shards, batches and steps."""
-    folder = tmp_path_factory.mktemp("runs")
+def flags_of_run(folder: Path, model: Path) -> list[str]:
+    """Of a run in which every stage that processes share has several shards, batches and steps; writes its data."""
     (folder / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows(40)), encoding="utf-8")
     options = {
         "data": folder / "pairs.jsonl",
-        "model": model_folder,
+        "model": model,
         "precision": "float32",
         "methods": "[dpo,e-dpo]",
         "sample.reference_per_prompt": 2,
@@ -121,7 +121,13 @@ def made(tmp_path_factory, model_folder):  # noqa: F811
         "evaluate.max_new_tokens": 6,
         "evaluate.judge": "heldout",
     }
-    return folder, [f"--{name}={value}" for name, value in options.items()]
+    return [f"--{name}={value}" for name, value in options.items()]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, model_folder):  # noqa: F811
+    folder = tmp_path_factory.mktemp("runs")
+    return folder, flags_of_run(folder, model_folder)
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +231,20 @@ def test_the_example_takes_the_steps_of_the_run(runs, tmp_path):
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
+def with_rank(run: Path, to: Path, rank: int) -> Path:
+    """A copy of a run whose policies are adapters of another rank."""
+    shutil.copytree(run, to)
+    config = yaml.safe_load((to / "config.yaml").read_text())
+    config["distill"]["lora_rank"] = rank
+    (to / "config.yaml").write_text(yaml.safe_dump(config))
+    return to
+
+
+def sharded_example(run: Path, out: Path) -> str:
+    by = accelerate("fsdp2.yaml", "--mixed_precision=bf16")
+    return example(2, run, out, str(HERE / "sharded_on_cpu.py"), by=by)
+
+
 @pytest.mark.parametrize("rank", [0, 16])
 def test_the_example_shards_as_its_launcher_says(rank, runs, tmp_path):
     """accelerate's FSDP2 by examples/accelerate/fsdp2.yaml, all weights or an adapter, against one process.
@@ -232,13 +252,9 @@ def test_the_example_shards_as_its_launcher_says(rank, runs, tmp_path):
     The run's precision counts, float32: the launcher's is another one.
     """
     folder, _ = runs
-    run = shutil.copytree(folder / "1", tmp_path / "run")
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    config["distill"]["lora_rank"] = rank
-    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    run = with_rank(folder / "1", tmp_path / "run", rank)
     example(1, run, tmp_path / "one")
-    by = accelerate("fsdp2.yaml", "--mixed_precision=bf16")
-    said = example(2, run, tmp_path / "two", str(HERE / "sharded_on_cpu.py"), by=by)
+    said = sharded_example(run, tmp_path / "two")
     assert said.count("sharded: 50% of the weights here, 0 parameters whole") == 2
     one, two = (log_of(tmp_path / n) for n in ("one", "two"))
     assert len(one) == len(two) > 4
@@ -249,7 +265,7 @@ def test_the_example_shards_as_its_launcher_says(rank, runs, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "two")
     ids = torch.tensor([tokenizer("Describe red green: old new")["input_ids"]])
     saved = [transformers.AutoModelForCausalLM.from_pretrained(tmp_path / n) for n in ("one", "two")]
-    start = transformers.AutoModelForCausalLM.from_pretrained(config["model"])
+    start = transformers.AutoModelForCausalLM.from_pretrained(Run(parse("run", [f"{run}/config.yaml"])).reference)
     with torch.no_grad():
         one, two, before = (m(ids).logits.log_softmax(-1) for m in (*saved, start))
     torch.testing.assert_close(two, one, rtol=0, atol=1e-4)
