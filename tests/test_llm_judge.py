@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import openai
 import pytest
@@ -24,14 +29,18 @@ from prefdistill.evaluation.llm_judge import (
     figures,
     read_verdict,
 )
-from test_pipeline import data, model_folder, small  # noqa: F401
+from test_pipeline import data, model_folder, rows, small  # noqa: F401
 
 
 class Server:
-    """Prefers the longer response, a tie where they are as long; `faults` are answered first, one a request."""
+    """Prefers the longer response, a tie where they are as long; `faults` are answered first, one a request.
 
-    def __init__(self, faults=(), says=None):
+    What is asked after `answers` requests is left waiting for minutes.
+    """
+
+    def __init__(self, faults=(), says=None, answers=None):
         self.faults, self.says, self.seen = list(faults), says or self.longer, []
+        self.answers, self.ending = answers, threading.Event()
         lock, outer = threading.Lock(), self
 
         class Handler(BaseHTTPRequestHandler):
@@ -40,6 +49,9 @@ class Server:
                 with lock:
                     outer.seen.append({"path": self.path, "key": self.headers["Authorization"], **body})
                     fault = outer.faults.pop(0) if outer.faults else None
+                    held_back = outer.answers is not None and len(outer.seen) > outer.answers
+                if held_back:
+                    outer.ending.wait(300)
                 if fault == "slow":
                     time.sleep(1.5)
                 if isinstance(fault, int):
@@ -62,7 +74,7 @@ class Server:
                     self.send_header("retry-after-ms", "5")
                     self.end_headers()
                     self.wfile.write(sent)
-                except BrokenPipeError:
+                except (BrokenPipeError, ConnectionResetError):
                     pass  # the client has given up waiting
 
             def log_message(self, *args):
@@ -82,8 +94,23 @@ class Server:
         return self
 
     def __exit__(self, *args):
+        self.ending.set()
         self.http.shutdown()
         self.http.server_close()
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory, model_folder):  # noqa: F811
+    folder = tmp_path_factory.mktemp("judged")
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows()), encoding="utf-8")
+    pipeline.run(small(folder / "pairs.jsonl", model_folder, folder / "run", methods="[dpo]"))
+    return folder / "run"
+
+
+@pytest.fixture
+def run_folder(evaluated, tmp_path):
+    """A copy of an evaluated run."""
+    return Path(shutil.copytree(evaluated, tmp_path / "run"))
 
 
 def responses(content):
@@ -271,6 +298,37 @@ def test_the_report_tells_what_the_language_model_prefers(data, model_folder, tm
     assert "What a language model prefers" not in page.read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_judge_that_is_told_to_stop(sent, status, run_folder):
+    """At once, though the server leaves two questions waiting; what it has answered is not asked again."""
+    command = [sys.executable, "-m", "prefdistill", "judge", str(run_folder), "--model", "m", "--workers", "2"]
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    with Server(answers=3) as server:
+        command += ["--base-url", server.url]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heard) as process:
+            while len(server.seen) < 5 and process.poll() is None:
+                time.sleep(0.05)
+            process.send_signal(sent)
+            try:
+                said = process.communicate(timeout=20)[1]
+            finally:
+                process.kill()
+        assert process.returncode == status
+        assert len(server.seen) == 5
+    word = "terminated" if sent == signal.SIGTERM else "interrupted"
+    assert said.splitlines()[-1] == f"prefdistill: {word}; the same command goes on"
+    assert "Traceback" not in said
+    (answers,) = run_folder.glob("evaluation/llm-judge/*.jsonl")
+    assert len(answers.read_text().splitlines()) == 3
+    assert not (run_folder / ".holder.json").exists()
+    with Server() as server:
+        assert main(["judge", str(run_folder), "--model", "m", "--base-url", server.url]) == 0
+        asked = len(server.seen)
+    usage = json.loads((run_folder / "evaluation" / "llm-judge.json").read_text())["usage"]
+    assert asked > 2
+    assert (usage["asked"], usage["from_cache"]) == (asked, 3)
+
+
 def longer_share(out) -> float:
     from prefdistill.cli import parse
     from prefdistill.stages.draw import read_samples
@@ -291,6 +349,8 @@ def longer_share(out) -> float:
         (["nowhere", "--model", "m"], "no run directory"),
         (["RUN", "--model", "m", "--methods", "ppo"], "no method 'ppo'; it has dpo"),
         (["RUN", "--model", "m", "--price", "much"], "--price is 'much'"),
+        (["RUN", "--model", "m", "--workers", "0"], "--workers is 0; it must be at least 1"),
+        (["RUN", "--model", "m", "--prompts", "-1"], "--prompts is -1; it must be at least 1"),
         (["RUN", "--model", "m"], "no samples of reference; evaluate it first"),
     ],
 )

@@ -34,6 +34,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--price", help="IN,OUT in dollars a million tokens: tells what it cost")
     options = parser.parse_args(argv)
     price = _price(options.price)
+    for name, least in (("prompts", 1), ("workers", 1), ("retries", 0)):
+        given = getattr(options, name)
+        if given is not None and given < least:
+            raise ConfigError(f"--{name} is {given}; it must be at least {least}")
 
     from prefdistill.cli import opened
 

@@ -2,7 +2,8 @@
 
 Every pair is asked twice, with the responses in either order, so that a liking for the first or the second place
 cancels in the win rate and is told as a rate of its own. Answers are kept as they come: a second run asks nothing
-again, and a stopped one goes on. The client is `openai`'s, which retries with exponential back-off.
+again, and a stopped one goes on: what interrupts it ends it at once, whatever is still under way. The client is
+`openai`'s, which retries with exponential back-off.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import queue
 import re
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -160,27 +161,72 @@ def ask_all(
             verdict = read_verdict(choices[0].message.content) if choices else None
             if verdict is not None:
                 break
-        answer = Answer(verdict, sent, received)
+        return Answer(verdict, sent, received)
+
+    def keep(question: Question, answer: Answer) -> None:
         cache.keep(question, answer)
         tick(1)
-        return answer
 
     missing = list(dict.fromkeys(q for q in questions if cache.key(q) not in cache.answers))
     tick(len(set(questions)) - len(missing))
-    with ThreadPoolExecutor(workers) as pool:
-        under_way = [pool.submit(ask, question) for question in missing]
-        try:
-            for future in under_way:
-                future.result()
-        except (openai.OpenAIError, ValueError) as error:
-            for future in under_way:
-                future.cancel()
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise DataError(
-                f"the judge {model!r} at {_shown(client.base_url)} does not answer ({type(error).__name__}: "
-                f"{reason[:200]}); answers so far are in {cache.path}, and the same command goes on"
-            ) from error
+    try:
+        _in_threads(ask, missing, keep, workers)
+    except (openai.OpenAIError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"the judge {model!r} at {_shown(client.base_url)} does not answer ({type(error).__name__}: "
+            f"{reason[:200]}); answers so far are in {cache.path}, and the same command goes on"
+        ) from error
     return [cache.answers[cache.key(q)] for q in questions]
+
+
+def _in_threads(
+    ask: Callable[[Question], Answer],
+    questions: Sequence[Question],
+    keep: Callable[[Question, Answer], None],
+    workers: int,
+) -> None:
+    """Asks in threads and keeps every answer as it comes, one at a time.
+
+    The first error ends it once the questions under way are answered; an interrupt ends it at once. The threads are
+    daemons, as a pool's would hold the process until their requests end, which may take minutes.
+    """
+    left, ended = iter(questions), queue.SimpleQueue[BaseException | None]()
+    stopped, alone, closed = threading.Event(), threading.Lock(), False
+
+    def work() -> None:
+        raised: BaseException | None = None
+        try:
+            while not stopped.is_set():
+                with alone:
+                    question = next(left, None)
+                if question is None:
+                    break
+                answer = ask(question)
+                with alone:
+                    if closed:
+                        break  # the directory may be another's by now
+                    keep(question, answer)
+        except BaseException as error:
+            raised = error  # the caller's thread raises it
+        ended.put(raised)
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(workers, len(questions)))]
+    errors = []
+    try:
+        for thread in threads:
+            thread.start()
+        for _ in threads:
+            error = ended.get()
+            if error is not None:
+                stopped.set()
+                errors.append(error)
+    finally:
+        stopped.set()
+        with alone:  # no line is being written
+            closed = True
+    if errors:
+        raise errors[0]
 
 
 def _shown(url: Any) -> str:
