@@ -329,6 +329,27 @@ def test_a_judge_that_is_told_to_stop(sent, status, run_folder):
     assert (usage["asked"], usage["from_cache"]) == (asked, 3)
 
 
+def test_a_judge_holds_the_run_directory(run_folder, capsys):
+    """From its first question on: neither a second judge nor a run goes on beside it."""
+    command = [sys.executable, "-m", "prefdistill", "judge", str(run_folder), "--model", "m"]
+    server = Server(answers=0)
+    command += ["--base-url", server.url]
+    with server, subprocess.Popen(command, stderr=subprocess.DEVNULL) as first:
+        try:
+            while not server.seen and first.poll() is None:
+                time.sleep(0.05)
+            for beside in (
+                ["judge", str(run_folder), "--model", "m", "--base-url", server.url],
+                ["report", str(run_folder / "config.yaml"), "--output-dir", str(run_folder)],
+            ):
+                assert main(beside) == 2
+                assert f"{run_folder} is in use by process {first.pid} on " in capsys.readouterr().err
+        finally:
+            first.kill()
+    with Server() as server:
+        assert main(["judge", str(run_folder), "--model", "m", "--base-url", server.url]) == 0
+
+
 def longer_share(out) -> float:
     from prefdistill.cli import parse
     from prefdistill.stages.draw import read_samples

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -12,6 +14,8 @@ from huggingface_hub import ModelCard
 
 from prefdistill import pipeline
 from prefdistill.cli import main
+from prefdistill.errors import ConfigError
+from prefdistill.lock import held
 from test_pipeline import data, model_folder, small  # noqa: F401
 
 
@@ -72,6 +76,43 @@ def test_the_hub_is_given_the_folder(done, monkeypatch, capsys):
     assert "https://huggingface.co/me/policy" in capsys.readouterr().out
 
 
+def test_a_run_that_another_process_holds_is_not_pushed(done, capsys):
+    """Nothing is written into it, and the message names the process."""
+    card = done / "policy" / "dpo" / "README.md"
+    card.unlink(missing_ok=True)
+    code = (
+        "import sys, time; from pathlib import Path; from prefdistill.lock import held\n"
+        "with held(Path(sys.argv[1])):\n    print('holding', flush=True); time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(done)], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "holding\n"
+        assert main(["push", str(done), "dpo"]) == 2
+        holder.kill()
+    assert f"{done} is in use by process {holder.pid} on " in capsys.readouterr().err
+    assert not card.exists()
+    assert main(["push", str(done), "dpo"]) == 0
+    assert card.exists()
+
+
+def test_a_run_is_held_while_it_is_uploaded(done, monkeypatch):
+    held_by_push = []
+
+    class Api:
+        def create_repo(self, repo, **options):
+            return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo}")
+
+        def upload_folder(self, **options):
+            with pytest.raises(ConfigError, match="is in use by"), held(done):
+                pass
+            held_by_push.append(True)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    assert main(["push", str(done), "dpo", "--repo", "me/policy"]) == 0
+    assert held_by_push == [True]
+    with held(done):
+        pass
+
+
 def test_a_hub_that_refuses_is_told_in_a_line(done, monkeypatch, capsys):
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
@@ -100,3 +141,4 @@ def test_wrong_calls_say_what_to_do(done, tmp_path, capsys):
     assert "no method 'ppo'; it has dpo" in capsys.readouterr().err
     assert main(["push", str(tmp_path), "dpo"]) == 2
     assert "no run directory" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -179,6 +181,20 @@ def opened(folder: Path) -> Any:
     if not configuration.is_file():
         raise ConfigError(f"{folder} is no run directory: it has no config.yaml; give the output_dir of a run")
     return Run(parse("run", [str(configuration), "--output_dir", str(folder)]))
+
+
+@contextlib.contextmanager
+def opened_alone(folder: Path) -> Iterator[Any]:
+    """As `opened`, and held until the block ends.
+
+    Raises:
+        ConfigError: the folder is no run directory, or another process holds it.
+    """
+    from prefdistill.lock import held
+
+    opened(folder)  # holding it would make a folder that is none
+    with held(folder):
+        yield opened(folder)  # what a run beside had not yet written
 
 
 def _underscored(argument: str) -> str:

@@ -39,14 +39,14 @@ def main(argv: list[str]) -> int:
         if given is not None and given < least:
             raise ConfigError(f"--{name} is {given}; it must be at least {least}")
 
-    from prefdistill.cli import opened
+    from prefdistill.cli import opened_alone
 
-    run = opened(options.run)
-    methods = run.config.methods if options.methods is None else options.methods.split(",")
-    unknown = [m for m in methods if m not in run.config.methods]
-    if unknown:
-        raise ConfigError(f"{options.run} has no method {unknown[0]!r}; it has {', '.join(run.config.methods)}")
-    found = judge(run, options, methods)
+    with opened_alone(options.run) as run:
+        methods = run.config.methods if options.methods is None else options.methods.split(",")
+        unknown = [m for m in methods if m not in run.config.methods]
+        if unknown:
+            raise ConfigError(f"{options.run} has no method {unknown[0]!r}; it has {', '.join(run.config.methods)}")
+        found = judge(run, options, methods)
     _print(found, price)
     return 0
 
@@ -77,7 +77,10 @@ def client_of(options: Any) -> Any:
 
 
 def judge(run: Any, options: Any, methods: list[str]) -> dict[str, Any]:
-    """Asks, writes llm-judge.json into the run's evaluation and its report anew; returns what the file holds."""
+    """Asks, writes llm-judge.json into the run's evaluation and its report anew; returns what the file holds.
+
+    The caller holds the run directory.
+    """
     from prefdistill.data.table import prompt_text
     from prefdistill.evaluation.llm_judge import PROMPT_VERSION, Cache, Compared, Question, ask_all, figures
     from prefdistill.seals import checksum
@@ -124,16 +127,14 @@ def judge(run: Any, options: Any, methods: list[str]) -> dict[str, Any]:
 
 def _write(run: Any, found: dict[str, Any]) -> None:
     from prefdistill.atomic import write_json
-    from prefdistill.lock import held
     from prefdistill.manifest import Manifest
     from prefdistill.stages.report import llm_judge_path, make_report
 
-    with held(run.root):
-        write_json(llm_judge_path(run), found)
-        manifest, stage = Manifest(run.root), run.report_path.stem
-        if stage in manifest.stages:
-            outputs, _ = make_report(run, manifest)
-            manifest.finish(stage, replace(manifest.stages[stage], outputs={}), outputs)
+    write_json(llm_judge_path(run), found)
+    manifest, stage = Manifest(run.root), run.report_path.stem
+    if stage in manifest.stages:
+        outputs, _ = make_report(run, manifest)
+        manifest.finish(stage, replace(manifest.stages[stage], outputs={}), outputs)
 
 
 def _print(found: dict[str, Any], price: tuple[float, float] | None) -> None:

@@ -23,19 +23,19 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--license", help="a licence name of the hub, e.g. apache-2.0; it must suit model and data")
     options = parser.parse_args(argv)
 
-    from prefdistill.cli import opened
-
-    run = opened(options.run)
-    if options.method not in run.config.methods:
-        raise ConfigError(f"{options.run} has no method {options.method!r}; it has {', '.join(run.config.methods)}")
-    folder = run.policy_path(options.method)
-    card = folder / "README.md"
     from prefdistill.atomic import write_text
+    from prefdistill.cli import opened_alone
 
-    write_text(card, card_text(run, options.method, options.license))
-    print(f"model card: {card}", file=sys.stderr)
-    if options.repo:
-        print(f"uploaded: {upload(folder, options.repo, private=options.private)}")
+    # Held while it is uploaded too: a run beside it would put other weights under the card.
+    with opened_alone(options.run) as run:
+        if options.method not in run.config.methods:
+            raise ConfigError(f"{options.run} has no method {options.method!r}; it has {', '.join(run.config.methods)}")
+        folder = run.policy_path(options.method)
+        card = folder / "README.md"
+        write_text(card, card_text(run, options.method, options.license))
+        print(f"model card: {card}", file=sys.stderr)
+        if options.repo:
+            print(f"uploaded: {upload(folder, options.repo, private=options.private)}")
     return 0
 
 
