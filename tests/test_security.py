@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from safetensors.torch import load_file
 from prefdistill import pipeline
 from prefdistill.cli import main
 from prefdistill.errors import ConfigError, PrefdistillError
+from prefdistill.evaluation.judges import load_oracle
 from prefdistill.models.adapters import Classifiers
 from prefdistill.models.loading import load_classifier, load_policy, new_classifier
 from test_pipeline import data, model_folder, rows, small  # noqa: F401
@@ -161,3 +164,10 @@ def test_no_text_of_the_data_becomes_a_path(model_folder, tmp_path):  # noqa: F8
     pipeline.run(small(path, model_folder, out, methods="[dpo]"))
     assert {p.name for p in tmp_path.iterdir()} == {"pairs.jsonl", "deep"}
     assert {p.name for p in (tmp_path / "deep").iterdir()} == {"run"}
+
+
+def test_an_oracle_is_named_as_it_is_said():
+    text = (Path(__file__).parent.parent / "SECURITY.md").read_text(encoding="utf-8")
+    (name,) = re.findall(r"the oracle given as `([^`]+)`", text)
+    with pytest.raises(ConfigError, match=f"give {name} of an importable module"):
+        load_oracle("file.py:function")
