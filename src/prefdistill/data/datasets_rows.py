@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from prefdistill.data.arrow_names import check_names
 from prefdistill.errors import DataError
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
 
-_SAVED = {"dataset_info.json", "state.json"}
+_SAVED_STATE = "state.json"
+_SAVED = {"dataset_info.json", _SAVED_STATE}
 _SAVED_SPLITS = "dataset_dict.json"
 
 
@@ -27,6 +30,7 @@ def saved_rows(folder: Path, split: str) -> Rows:
 
     number = 0
     try:
+        _check_files(folder)
         saved = datasets.load_from_disk(str(folder))
         if isinstance(saved, datasets.DatasetDict):
             if split not in saved:
@@ -40,7 +44,16 @@ def saved_rows(folder: Path, split: str) -> Rows:
             yield f"{folder}, row {number}", row
     except DataError:
         raise
-    except (pa.ArrowException, OSError, LookupError, TypeError, ValueError, AttributeError) as error:
+    except (
+        pa.ArrowException,
+        OSError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        OverflowError,  # a date beyond those that Python has
+        RecursionError,
+    ) as error:
         raise DataError(
             f"{folder}: cannot be read as what datasets' save_to_disk writes, after row {number} "
             f"({type(error).__name__}: {error}). Save it again, or as Parquet with dataset.to_parquet(FILE); an "
@@ -48,6 +61,33 @@ def saved_rows(folder: Path, split: str) -> Rows:
         ) from error
     if not number:
         raise DataError(f"{folder}: no rows in the split {split!r}. Choose another split, or check what was saved.")
+
+
+def _check_files(folder: Path) -> None:
+    """Refuses names that lead out of the folder, which `datasets` would follow, and columns of one name."""
+    import pyarrow as pa
+
+    splits = folder / _SAVED_SPLITS
+    if splits.is_file():
+        parts = [folder / _bare(name, splits, "split") for name in json.loads(splits.read_text("utf-8"))["splits"]]
+    else:
+        parts = [folder]
+    for part in parts:
+        state = part / _SAVED_STATE
+        for entry in json.loads(state.read_text("utf-8"))["_data_files"]:
+            file = part / _bare(entry["filename"], state, "data file")
+            with pa.memory_map(str(file)) as stream, pa.ipc.open_stream(stream) as opened:
+                check_names(opened.schema, str(file))
+
+
+def _bare(name: str, file: Path, what: str) -> str:
+    """The name that a file gives of another beside it; a path is refused, be it absolute or one with folders."""
+    if name in ("", ".", "..") or any(mark in name for mark in "/\\\0"):
+        raise DataError(
+            f"{file}: names the {what} {name!r}, which is no bare name of something in {file.parent}. Save the data "
+            "set again with save_to_disk; if you did not write this folder yourself, do not trust it."
+        )
+    return name
 
 
 def hub_rows(source: str, split: str, config_name: str | None, data_dir: str | None) -> Rows:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from prefdistill.data.arrow_names import check_names
 from prefdistill.data.datasets_rows import hub_rows, is_saved, saved_rows
 from prefdistill.errors import DataError
 
@@ -297,6 +298,7 @@ def _parquet_rows(path: Path, on_bad: OnBad) -> Rows:
     number = 0
     try:
         with pq.ParquetFile(path) as file:
+            check_names(file.schema_arrow, str(path))
             for batch in file.iter_batches(batch_size=_BATCH_ROWS):
                 for row in batch.to_pylist():
                     number += 1

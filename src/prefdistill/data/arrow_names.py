@@ -1,0 +1,39 @@
+"""Names in a table of Arrow's: two columns of one name become one entry of a row, of which only the last would stay."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from prefdistill.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+def check_names(schema: pa.Schema, file: str) -> None:
+    """Refuses two columns of one name, and two fields of one name in an object of a column.
+
+    Raises:
+        DataError: there are such; it names the file, the column and the field.
+    """
+    names = schema.names
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(
+                f"{file}: {names.count(name)} columns have the name {name!r} (columns: {', '.join(map(repr, names))}). "
+                "Rename or leave out all but one of them."
+            )
+    for column in schema:
+        field = _field_twice(column.type)
+        if field is not None:
+            raise DataError(
+                f"{file}, column {column.name!r}: its objects have two fields with the name {field!r}. Rename or "
+                "leave out one of them."
+            )
+
+
+def _field_twice(kind: pa.DataType) -> str | None:
+    fields = [kind.field(i) for i in range(kind.num_fields)]
+    names = [field.name for field in fields]
+    twice = (name for name in names if names.count(name) > 1)
+    return next(twice, None) or next(filter(None, (_field_twice(field.type) for field in fields)), None)
