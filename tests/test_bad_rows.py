@@ -10,9 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 
-from prefdistill.data.formats import load_pairs
+from prefdistill import pipeline
+from prefdistill.data.formats import load_pairs, to_pair
 from prefdistill.data.sources import read_rows
 from prefdistill.errors import DataError
+from test_pipeline import model_folder, rows, small  # noqa: F401
 
 ROW = {"prompt": "p", "chosen": "a", "rejected": "b"}
 TWICE = pa.Table.from_arrays([pa.array([t]) for t in "pabc"], names=["prompt", "chosen", "rejected", "chosen"])
@@ -89,3 +91,48 @@ def test_splits_outside_a_saved_folder_are_not_followed(name: str, tmp_path: Pat
     (tmp_path / "saved" / "dataset_dict.json").write_text(json.dumps({"splits": ["train", name]}))
     with pytest.raises(DataError, match=r"saved.dataset_dict\.json: names the split .*no bare name"):
         load_pairs(str(tmp_path / "saved"))
+
+
+# --- texts that show nothing ------------------------------------------------------------------------------------------
+
+UNSEEN = ["\u200b", "\ufeff", "\u2060", "\u00ad", "\x00\x1b", " \u200b\n\ufeff\u3000", "\u202e\u2028", "\u200d"]
+
+
+@pytest.mark.parametrize("text", UNSEEN)
+def test_a_text_that_shows_nothing_is_blank(text: str) -> None:
+    say = lambda role, content: [{"role": role, "content": content}]  # noqa: E731
+    for column, kind in (("prompt", "prompt"), ("chosen", "response"), ("rejected", "response")):
+        with pytest.raises(DataError, match=rf"row 1, column '{column}': found a blank {kind}"):
+            to_pair(ROW | {column: text}, "row 1")
+    with pytest.raises(DataError, match="column 'prompt': found a blank prompt"):
+        to_pair(ROW | {"prompt": say("user", text)}, "row 1")
+    with pytest.raises(DataError, match="column 'chosen': found a blank message"):
+        to_pair(ROW | {"prompt": say("user", "p"), "chosen": say("assistant", text)}, "row 1")
+    with pytest.raises(DataError, match="no words at the beginning that both texts share"):
+        to_pair({"chosen": f"{text} Yes", "rejected": f"{text} No"}, "row 1")
+    info = {"subreddit": "r", "title": "t", "post": "p"}
+    with pytest.raises(DataError, match=r"column 'summaries\[1\]': found a blank response"):
+        to_pair({"info": info, "summaries": [{"text": "a"}, {"text": text}], "choice": 0}, "row 1")
+
+
+@pytest.mark.parametrize("text", ["\U0001f468\u200d\U0001f469\u200d\U0001f467", "\u200bx", "\u0644\u200c", "0"])
+def test_a_text_with_one_character_that_shows_is_kept(text: str) -> None:
+    pair = to_pair({"prompt": text, "chosen": text, "rejected": "no"}, "row 1")
+    assert (pair.prompt, pair.chosen) == (text, text)
+
+
+def test_a_demonstration_that_shows_nothing_is_none(tmp_path: Path, model_folder: Path) -> None:  # noqa: F811
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps({**row, "demo": "\u200b"}) + "\n" for row in rows()), encoding="utf-8")
+    options = {"sft.enabled": True, "sft.on": "demo"}
+    with pytest.raises(DataError, match="no text in the column 'demo'"):
+        pipeline.run(small(path, model_folder, tmp_path / "out", methods="[dpo]", **options), until="start")
+
+
+def test_a_column_may_be_nested_deeper_than_python_calls() -> None:
+    """Newer Pythons parse such JSON; the search for lone surrogates in it went by calls."""
+    deep: list[object] = ["\ud800"]
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(DataError, match=r"column 'meta': found the lone surrogate U\+D800"):
+        to_pair(ROW | {"meta": deep}, "row 1")

@@ -11,6 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fuzz.rows import fuzz
+from prefdistill.data.checks import is_blank
 from prefdistill.data.formats import Pair, load_pairs, to_pair
 from prefdistill.data.transcripts import common_length
 from prefdistill.errors import ConfigError, DataError
@@ -312,7 +313,7 @@ def test_faults(row: dict[str, Any], parts: list[str]) -> None:
 
 # --- properties -------------------------------------------------------------------------------------------------------
 
-texts = st.text(st.characters(codec="utf-8"), min_size=1, max_size=30).filter(str.strip)
+texts = st.text(st.characters(codec="utf-8"), min_size=1, max_size=30).filter(lambda text: not is_blank(text))
 # "n" and ":" build markers by chance often enough to matter; a turn that holds a whole marker is another transcript.
 turns = st.text(st.sampled_from("ab \n:.é"), max_size=12)
 

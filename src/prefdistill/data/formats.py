@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from prefdistill.data.checks import bad, check_different, check_encodable, check_parts, is_blank, kind, names
 from prefdistill.data.neighbours import RENDER, left_out, no_pairs, only_text
 from prefdistill.data.sources import read_rows
 from prefdistill.data.transcripts import ASSISTANT, hh_seam, is_hh_transcript, turn_seam, word_seam
@@ -116,7 +117,7 @@ def _check_order(pair: Pair, seen: dict[bytes, str]) -> None:
 
     before = seen.get(digest(pair.prompt, pair.rejected, pair.chosen))
     if before is not None:
-        raise _bad(
+        raise bad(
             pair.where,
             "chosen",
             f"the pair of {before} in the other order",
@@ -141,15 +142,15 @@ def to_pair(row: dict[str, Any], where: str) -> Pair:
     else:
         parts = _implicit_parts(*(_text(row[name], name, where) for name in used), where=where)
         columns = ("chosen", "chosen", "rejected")
-    _check_parts(parts, columns, where)
+    check_parts(parts, columns, where)
     lost = left_out(row, chat=not isinstance(parts[0], str))
     if lost is not None:
-        raise _bad(where, *lost)
+        raise bad(where, *lost)
     extra = {name: value for name, value in row.items() if name not in used}
     if used == _TLDR_COLUMNS and str(extra.get("split", "")).startswith("valid"):
         extra["split"] = "validation"  # published as valid1 and valid2
     for name, value in extra.items():
-        _check_encodable(value, name, where)
+        check_encodable(value, name, where)
     return Pair(*parts, where=where, extra=extra)
 
 
@@ -179,7 +180,7 @@ def _explicit_parts(prompt: Text, chosen: Text, rejected: Text, *, where: str) -
             return prompt, chosen, rejected
         return _restated_text_prompt(prompt, chosen, rejected, where)
     if prompt[-1]["role"] == "assistant":
-        raise _bad(
+        raise bad(
             where,
             "prompt",
             "the conversation ends with an assistant turn",
@@ -195,7 +196,7 @@ def _restated_text_prompt(prompt: str, chosen: Text, rejected: Text, where: str)
     """A prompt as text beside whole conversations that contain it as a user turn (UltraFeedback, binarized)."""
     column = "rejected" if isinstance(rejected, str) else "chosen"
     if isinstance(chosen, str) or isinstance(rejected, str):
-        raise _bad(
+        raise bad(
             where,
             column,
             "one response is a text, the other a list of messages, and the prompt a text",
@@ -203,7 +204,7 @@ def _restated_text_prompt(prompt: str, chosen: Text, rejected: Text, where: str)
         )
     seam = turn_seam(chosen, rejected)
     if {"role": "user", "content": prompt} not in chosen[:seam]:
-        raise _bad(
+        raise bad(
             where,
             "prompt",
             "a text, while the responses are lists of messages that do not both begin with it",
@@ -216,15 +217,15 @@ def _implicit_parts(chosen: Text, rejected: Text, *, where: str) -> Parts:
     if isinstance(chosen, str) and isinstance(rejected, str):
         return _split_texts(chosen, rejected, where)
     if isinstance(chosen, str) or isinstance(rejected, str):
-        raise _bad(
+        raise bad(
             where,
             "rejected",
-            f"{_kind(rejected)}, while 'chosen' is {_kind(chosen)}",
+            f"{kind(rejected)}, while 'chosen' is {kind(chosen)}",
             "Give both as texts or both as lists of messages",
         )
     seam = turn_seam(chosen, rejected)
     if not seam:
-        raise _bad(
+        raise bad(
             where,
             "rejected",
             "the conversation shares no turn before the answer with 'chosen'",
@@ -235,24 +236,24 @@ def _implicit_parts(chosen: Text, rejected: Text, *, where: str) -> Parts:
 
 def _split_texts(chosen: str, rejected: str, where: str) -> Parts:
     # Before the split: equal texts share all their words, and would read as a response that is blank.
-    _check_different(chosen, rejected, ("chosen", "rejected"), where)
+    check_different(chosen, rejected, ("chosen", "rejected"), where)
     if is_hh_transcript(chosen) and is_hh_transcript(rejected):
         seam, shared = hh_seam(chosen, rejected), f"no {ASSISTANT!r} in the part that both HH transcripts share"
     else:
         seam, shared = word_seam(chosen, rejected), "no words at the beginning that both texts share"
-    if not chosen[:seam].strip():
-        raise _bad(where, "rejected", f"{shared}, so there is no prompt", "Give the prompt in a column 'prompt'")
+    if is_blank(chosen[:seam]):
+        raise bad(where, "rejected", f"{shared}, so there is no prompt", "Give the prompt in a column 'prompt'")
     return chosen[:seam], chosen[seam:], rejected[seam:]
 
 
 def _tldr_parts(row: dict[str, Any], where: str) -> Parts:
     summaries = row["summaries"]
     if not isinstance(summaries, list) or len(summaries) != 2:
-        found = f"{len(summaries)} entries" if isinstance(summaries, list) else _kind(summaries)
-        raise _bad(where, "summaries", found, "Give a list of exactly two objects with a 'text'")
+        found = f"{len(summaries)} entries" if isinstance(summaries, list) else kind(summaries)
+        raise bad(where, "summaries", found, "Give a list of exactly two objects with a 'text'")
     choice = row["choice"]
     if isinstance(choice, bool) or choice not in (0, 1) or not isinstance(choice, int):
-        raise _bad(where, "choice", _kind(choice), "Give 0 or 1, the index of the better summary")
+        raise bad(where, "choice", kind(choice), "Give 0 or 1, the index of the better summary")
     # Published summaries begin with one space, none or several; the model is to write exactly one after "TL;DR:".
     responses = [
         " " + _field(summary, "text", f"summaries[{index}]", where).strip() for index, summary in enumerate(summaries)
@@ -264,16 +265,16 @@ def _tldr_prompt(info: Any, where: str) -> str:
     # On the hub a post has a null article and an article a null post.
     if isinstance(info, dict) and info.get("post") is None and info.get("article") is not None:
         return _CNNDM_PROMPT.format(article=_field(info, "article", "info", where))
-    names = ("subreddit", "title", "post")
-    return _TLDR_PROMPT.format(**{name: _field(info, name, "info", where) for name in names})
+    fields = ("subreddit", "title", "post")
+    return _TLDR_PROMPT.format(**{name: _field(info, name, "info", where) for name in fields})
 
 
 def _field(value: Any, key: str, column: str, where: str) -> str:
     if not isinstance(value, dict):
-        raise _bad(where, column, _kind(value), f"Give an object with a text under {key!r}")
+        raise bad(where, column, kind(value), f"Give an object with a text under {key!r}")
     if not isinstance(value.get(key), str):
-        found = f"{_kind(value[key])} under {key!r}" if key in value else f"no {key!r} (keys: {_names(value)})"
-        raise _bad(where, column, found, f"Give a text under {key!r}")
+        found = f"{kind(value[key])} under {key!r}" if key in value else f"no {key!r} (keys: {names(value)})"
+        raise bad(where, column, found, f"Give a text under {key!r}")
     return str(value[key])
 
 
@@ -285,9 +286,9 @@ def _text(value: Any, column: str, where: str) -> Text:
         return value
     if not isinstance(value, list):
         hint = "; drop the column if the prompt stands in 'chosen' and 'rejected'" if column == "prompt" else ""
-        raise _bad(where, column, _kind(value), f"Give a text or a list of messages{hint}, or remove the row")
+        raise bad(where, column, kind(value), f"Give a text or a list of messages{hint}, or remove the row")
     if not value:
-        raise _bad(where, column, "an empty list of messages", "Give at least one message, or remove the row")
+        raise bad(where, column, "an empty list of messages", "Give at least one message, or remove the row")
     return [_message(message, index, column, where) for index, message in enumerate(value)]
 
 
@@ -296,7 +297,7 @@ def _message(value: Any, index: int, column: str, where: str) -> Message:
     if isinstance(value, dict) and isinstance(value.get("content"), list):
         text = only_text(value["content"])
         if text is None:
-            raise _bad(
+            raise bad(
                 where,
                 place,
                 "a list under 'content' that is not one text part ({'type': 'text', 'text': ...})",
@@ -305,14 +306,14 @@ def _message(value: Any, index: int, column: str, where: str) -> Message:
         value = value | {"content": text}
     message = {key: _field(value, key, place, where) for key in ("role", "content")}
     if message["role"] not in ROLES:
-        raise _bad(where, place, f"the role {message['role']!r}", f"Use one of {', '.join(ROLES)}")
+        raise bad(where, place, f"the role {message['role']!r}", f"Use one of {', '.join(ROLES)}")
     # Parquet fills the fields that other messages have with nulls; anything else would be lost in silence.
     others = [key for key, field in value.items() if key not in message and field is not None]
     if others:
-        raise _bad(
+        raise bad(
             where,
             place,
-            f"the fields {_names(others)}",
+            f"the fields {names(others)}",
             f"Messages are role and content: remove the others, or {RENDER}",
         )
     return message
@@ -324,96 +325,3 @@ def _begins_with(response: Text, prompt: list[Message]) -> bool:
 
 def _as_messages(response: Text) -> list[Message]:
     return [{"role": "assistant", "content": response}] if isinstance(response, str) else response
-
-
-# --- checks -----------------------------------------------------------------------------------------------------------
-
-
-def _check_parts(parts: Parts, columns: tuple[str, str, str], where: str) -> None:
-    """Checks prompt, chosen and rejected; `columns` names the column that each came from."""
-    prompt, chosen, rejected = parts
-    for column, text in zip(columns, parts, strict=True):
-        _check_encodable(text, column, where)
-    if not any(content.strip() for content in _contents(prompt)):
-        raise _bad(where, columns[0], "a blank prompt", "Give the prompt its text, or remove the row")
-    for column, response in zip(columns[1:], (chosen, rejected), strict=True):
-        _check_response(response, column, where)
-    _check_different(chosen, rejected, columns[1:], where)
-
-
-def _check_response(response: Text, column: str, where: str) -> None:
-    if isinstance(response, list):
-        if all(message["role"] != "assistant" for message in response):
-            remedy = "Add the response, or remove the row"
-            raise _bad(where, column, "a conversation without an assistant response", remedy)
-        other = next((message["role"] for message in response if message["role"] != "assistant"), None)
-        if other is not None:
-            # Its tokens would count as if the policy had written them.
-            raise _bad(
-                where,
-                column,
-                f"a turn of role {other!r} among the response's own turns",
-                "Let a response hold assistant turns alone: put shared turns into the prompt, cut off later ones",
-            )
-    if any(not content.strip() for content in _contents(response)):
-        found = f"a blank response ({_contents(response)[0]!r})" if isinstance(response, str) else "a blank message"
-        raise _bad(where, column, f"{found} after the prompt", "Give the response its text, or remove the row")
-
-
-def _check_different(chosen: Text, rejected: Text, columns: tuple[str, str], where: str) -> None:
-    if [text.strip() for text in _contents(chosen)] == [text.strip() for text in _contents(rejected)]:
-        remedy = "A pair needs two responses that differ: remove the row"
-        raise _bad(where, columns[1], f"a response equal to {columns[0]!r}", remedy)
-
-
-def _check_encodable(value: Any, column: str, where: str) -> None:
-    """Refuses lone surrogates, anywhere in a column: no tokeniser and no file format takes them."""
-    for text in _strings(value):
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise _bad(
-                where,
-                column,
-                f"the lone surrogate U+{ord(text[error.start]):04X} at character {error.start + 1}",
-                "It is half of a character cut in two: mend the text, or remove the row",
-            ) from error
-
-
-def _strings(value: Any) -> Iterable[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, field in value.items():
-            yield from _strings(key)
-            yield from _strings(field)
-    elif isinstance(value, list):
-        for entry in value:
-            yield from _strings(entry)
-
-
-# --- words of the messages --------------------------------------------------------------------------------------------
-
-
-def _contents(text: Text) -> list[str]:
-    return [text] if isinstance(text, str) else [message["content"] for message in text]
-
-
-def _bad(where: str, column: str, found: str, remedy: str) -> DataError:
-    return DataError(f"{where}, column {column!r}: found {found}. {remedy}.")
-
-
-def _names(names: Iterable[str]) -> str:
-    return ", ".join(map(repr, names)) or "none"
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool | int | float):
-        return f"the {'truth value' if isinstance(value, bool) else 'number'} {value!r}"
-    if isinstance(value, str):
-        return "a text"
-    if isinstance(value, list | dict):
-        return "a list" if isinstance(value, list) else "an object"
-    return f"a value of type {type(value).__name__}"

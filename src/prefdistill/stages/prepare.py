@@ -16,6 +16,7 @@ from prefdistill import ranks
 from prefdistill.atomic import write_json, write_text
 from prefdistill.config import EMBEDDED_DATA
 from prefdistill.data.bias import biased_groups
+from prefdistill.data.checks import is_blank
 from prefdistill.data.formats import Pair, iter_pairs
 from prefdistill.data.group_files import read_groups, write_groups
 from prefdistill.data.grouping import Dropped, assign_splits, group_pairs
@@ -203,7 +204,7 @@ def _demonstrations(run: Run) -> tuple[list[Tree], int]:
             best = dict.fromkeys(c for c, _ in g.pairs)
             trees.append(Tree(g.ids, tuple(g.responses[c].ids for c in best)))
             continue
-        if not isinstance(g.extra.get(column), str) or not g.extra[column].strip():
+        if not isinstance(g.extra.get(column), str) or is_blank(g.extra[column]):
             raise DataError(
                 f"{run.config.data}: a training row has no text in the column {column!r} that sft.on names; its "
                 f"columns besides the pair are: {', '.join(g.extra) or 'none'}"
