@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,7 +13,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from prefdistill import pipeline
-from prefdistill.data.formats import load_pairs, to_pair
+from prefdistill.data.formats import Pair, load_pairs, to_pair
 from prefdistill.data.sources import read_rows
 from prefdistill.errors import DataError
 from test_pipeline import model_folder, rows, small  # noqa: F401
@@ -67,6 +69,76 @@ def test_what_python_cannot_hold_in_a_saved_folder(damage: str, tmp_path: Path) 
         (tmp_path / "saved" / "state.json").write_text("[" * 100_000)
     with pytest.raises(DataError, match=r"saved: cannot be read .*Save it again"):
         load_pairs(str(tmp_path / "saved"))
+
+
+# --- rows that are told alone ----------------------------------------------------------------------------------------
+
+Told = list[tuple[str, str, Any]]
+
+
+def dropping(path: Path) -> tuple[list[Pair], Told]:
+    told: Told = []
+    kept = load_pairs(str(path), on_bad_row=lambda where, error, row: told.append((where, str(error), row)))
+    return kept, told
+
+
+LIST = """[{"prompt": "p", "chosen": "a", "rejected": "b"},
+ {"prompt": "p", "chosen": "a", "rejected": "b", "chosen": "c"},
+ {"prompt": "p", "chosen": "a", "rejected": "b", "id": NINES},
+ {"prompt": "p", "chosen": "a", "rejected": "b", "meta": [{"x": {"k": 1, "l": 2, "k": 3}}]},
+ ["no", "object"],
+ {"prompt": "p", "chosen": "x", "rejected": "y"}]"""
+
+
+@pytest.mark.parametrize("form", ["{}", '{{"data": {}}}', "lines"])
+def test_entries_of_a_json_list_are_told_alone(form: str, tmp_path: Path) -> None:
+    """An object with a key twice, or a number that Python does not read, stopped the whole list."""
+    text = LIST.replace("NINES", "9" * 5000)
+    path = tmp_path / ("pairs.jsonl" if form == "lines" else "pairs.json")
+    path.write_text(text[1:-1].replace("},\n", "}\n").replace("],\n", "]\n") if form == "lines" else form.format(text))
+    kept, told = dropping(path)
+    assert [pair.chosen for pair in kept] == ["a", "x"]
+    assert [where for where, _, _ in told] == [f"{path}, row {n}" for n in (2, 3, 4, 5)]
+    reasons = ["has the key 'chosen' twice", "a number of 5000 characters", "has the key 'k' twice", "a list where"]
+    assert all(expected in reason for (_, reason, _), expected in zip(told, reasons, strict=True))
+    rows = json.loads(json.dumps([row for _, _, row in told]))
+    assert rows == [
+        [["prompt", "p"], ["chosen", "a"], ["rejected", "b"], ["chosen", "c"]],
+        ROW | {"id": "9" * 5000},
+        ROW | {"meta": [{"x": [["k", 1], ["l", 2], ["k", 3]]}]},
+        ["no", "object"],
+    ]
+    with pytest.raises(DataError, match=r"(row|line) 2: an object has the key 'chosen' twice"):
+        load_pairs(str(path))
+
+
+def test_a_value_of_parquet_that_python_cannot_hold_costs_its_row(tmp_path: Path) -> None:
+    """A date beyond the year 9999 ended in a traceback, a text that is not UTF-8 stopped the reading."""
+    columns = {name: [text] * 4 for name, text in ROW.items()}
+    columns["tag"] = pa.array([b"a", b"caf\xe9", b"c", b"d"], pa.binary()).view(pa.string())
+    columns["day"] = pa.array([0, 0, 10**9, 1], pa.int32()).view(pa.date32())
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    kept, told = dropping(tmp_path / "a.parquet")
+    assert [pair.extra["tag"] for pair in kept] == ["a", "d"]
+    days = [datetime.date(1970, 1, 1), None]
+    assert [row for _, _, row in told] == [ROW | {"tag": t, "day": d} for t, d in zip([None, "c"], days, strict=True)]
+    for (where, reason, _), n, column in zip(told, (2, 3), ("tag", "day"), strict=True):
+        assert where == f"{tmp_path / 'a.parquet'}, row {n}"
+        assert reason.startswith(f"{where}, column {column!r}: a value that cannot be read")
+
+
+def test_what_is_told_of_other_rows(tmp_path: Path) -> None:
+    """A row that was read as a pair is told as one; else what was read, and None for what is no JSON."""
+    path = tmp_path / "pairs.jsonl"
+    say = lambda text: [{"role": "user", "content": "p"}, {"role": "assistant", "content": text}]  # noqa: E731
+    blank, first, other = ROW | {"chosen": " "}, *({"chosen": say(a), "rejected": say(b)} for a, b in ("ab", "ba"))
+    path.write_text("\n".join([*map(json.dumps, [blank, first, other | {"id": 7}]), "{", "3"]))
+    kept, told = dropping(path)
+    assert len(kept) == 1
+    canonical = {"prompt": say("")[:1], "chosen": say("b")[1:], "rejected": say("a")[1:], "id": 7}
+    assert [row for _, _, row in told] == [blank, canonical, None, 3]
+    (tmp_path / "pairs.csv").write_text("prompt,chosen,rejected\np,a,b\np,a\n")
+    assert [row for _, _, row in dropping(tmp_path / "pairs.csv")[1]] == [["p", "a"]]
 
 
 # --- names that lead out of a saved folder ----------------------------------------------------------------------------

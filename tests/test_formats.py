@@ -421,7 +421,7 @@ def test_lines_that_are_no_rows_are_dropped_like_rows(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_text(LINES, encoding="utf-8")
     told: dict[str, str] = {}
-    pairs = load_pairs(str(path), on_bad_row=lambda where, error: told.update({where: str(error)}))
+    pairs = load_pairs(str(path), on_bad_row=lambda where, error, row: told.update({where: str(error)}))
     assert [p.chosen for p in pairs] == ["b", "x"]
     reasons = ["not valid JSON", "a list where an object", "has the key 'chosen' twice", "a blank response"]
     for number, ((where, reason), expected) in enumerate(zip(told.items(), reasons, strict=True), start=2):
@@ -435,7 +435,7 @@ def test_csv_rows_of_another_length_are_dropped_like_rows(tmp_path: Path) -> Non
     path = tmp_path / "pairs.csv"
     path.write_text("prompt,chosen,rejected\na,b,c\na,b\na,x,y\n", encoding="utf-8")
     told: list[str] = []
-    pairs = load_pairs(str(path), on_bad_row=lambda where, error: told.append(where))
+    pairs = load_pairs(str(path), on_bad_row=lambda where, error, row: told.append(where))
     assert [p.chosen for p in pairs] == ["b", "x"]
     assert told == [f"{path}, row 2"]
 
@@ -455,7 +455,7 @@ def test_a_pair_in_both_orders(messages: bool, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"row 4, column 'chosen'.*the pair of .*row 1 in the other order.*both_orders"):
         load_pairs(str(path))
     told: list[str] = []
-    kept = load_pairs(str(path), on_bad_row=lambda where, error: told.append(where))
+    kept = load_pairs(str(path), on_bad_row=lambda where, error, row: told.append(where))
     assert len(kept) == 4
     assert told == [f"{path}, row 4"]
     assert len(load_pairs(str(path), both_orders="keep")) == 5

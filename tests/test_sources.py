@@ -110,7 +110,7 @@ def test_parquet_keeps_messages_and_nulls_over_several_batches(tmp_path: Path) -
 def test_parquet_text_that_is_not_utf8(tmp_path: Path) -> None:
     text = pa.array([b"caf\xe9"], pa.binary()).view(pa.string())
     pq.write_table(pa.table({"a": text}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"a\.parquet: not valid Parquet after row 0"):
+    with pytest.raises(DataError, match=r"a\.parquet, row 1, column 'a': .*UTF-8"):
         rows_of(tmp_path / "a.parquet")
 
 
@@ -151,13 +151,20 @@ def test_a_blank_line_counts_in_the_place_of_a_jsonl_row(tmp_path: Path) -> None
         ("broken.json", b'[{"a": 1},\n {"a" 2}]', ["line 2, column 7", "not valid JSON"]),
         ("broken_lines.json", b'{"a": 1}\n{"a" 2}\n', ["line 2, column 6", "not valid JSON"]),
         ("twice.jsonl", b'{"a": 1}\n{"b": 1, "a": 1, "b": 2}\n', ["line 2", "key 'b' twice", "'b', 'a', 'b'"]),
-        ("twice.json", b'[{"a": {"b": 1, "b": 1}}]', ["key 'b' twice"]),
+        ("twice.json", b'[{"a": {"b": 1, "b": 1}}]', ["row 1", "key 'b' twice"]),
+        ("twice_data.json", b'{"data": [{"a": 1}], "data": []}', ["key 'data' twice"]),
+        ("twice_around.json", b'{"meta": {"v": 1, "v": 2}, "data": [{"a": 1}]}', ["key 'v' twice"]),
+        ("twice_instead.json", b'{"data": {"v": 1, "v": 2}}', ["key 'v' twice"]),
         ("list.jsonl", b'[{"a": 1}]\n', ["line 1", "a list", "end in .json"]),
         ("text.jsonl", b'"a"\n', ["line 1", "a text"]),
         ("single.json", b'{"a": 1}', ["an object without a list of rows", "'data'"]),
         ("number.json", b"3", ["a number without a list"]),
         ("rows.json", b'[{"a": 1}, null]', ["row 2", "null where an object"]),
         ("digits.jsonl", b'{"a": ' + b"9" * 5000 + b"}\n", ["line 1", "cannot be read"]),
+        ("digits.json", b'[{"a": 1}, {"a": [' + b"9" * 5000 + b"]}]", ["row 2", "a number of 5000 characters"]),
+        ("digits_lines.json", b'{"a": ' + b"9" * 5000 + b'}\n{"a": 1}\n', ["line 1", "a number of 5000 characters"]),
+        ("number_digits.json", b"9" * 5000, ["a number of 5000 characters"]),
+        ("deep.json", b"[" * 200_000, ["cannot be read"]),
         ("deep.jsonl", b"[" * 200_000 + b"\n", ["line 1", "cannot be read"]),
         ("few.csv", b'a,b\n1,"2\n3"\n4\n', ["line 4", "1 fields where the header has 2", "'a', 'b'"]),
         ("many.csv", b"a,b\n1,2,3\n", ["line 2", "3 fields where the header has 2"]),

@@ -61,7 +61,7 @@ def read_source(path: Path) -> None:
     from prefdistill.data.formats import load_pairs
     from prefdistill.errors import DataError
 
-    def names(where: str, error: DataError) -> None:
+    def names(where: str, error: DataError, row: object = None) -> None:
         assert str(path) in where, where
         told(error, str(path))
 

@@ -168,7 +168,7 @@ def check(path: Path, content: bytes) -> str:
     path.write_bytes(content)
     dropped: list[str] = []
 
-    def drop(where: str, error: DataError) -> None:
+    def drop(where: str, error: DataError, row: Any) -> None:
         assert str(path) in where, where
         assert str(path) in str(error), error
         dropped.append(where)

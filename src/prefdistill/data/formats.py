@@ -18,14 +18,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from prefdistill.data.checks import bad, check_different, check_encodable, check_parts, is_blank, kind, names
 from prefdistill.data.neighbours import RENDER, left_out, no_pairs, only_text
-from prefdistill.data.sources import read_rows
+from prefdistill.data.sources import OnBad, read_rows
 from prefdistill.data.transcripts import ASSISTANT, hh_seam, is_hh_transcript, turn_seam, word_seam
 from prefdistill.errors import ConfigError, DataError
 
@@ -63,6 +63,10 @@ class Pair:
     where: str
     extra: dict[str, Any]
 
+    def row(self) -> dict[str, Any]:
+        """A row of the explicit shape that is read as this pair."""
+        return {**self.extra, "prompt": self.prompt, "chosen": self.chosen, "rejected": self.rejected}
+
 
 def load_pairs(source: str, **options: Any) -> list[Pair]:
     """All that `iter_pairs` yields, with its arguments."""
@@ -77,7 +81,7 @@ def iter_pairs(
     data_dir: str | None = None,
     limit: int | None = None,
     both_orders: str = "stop",
-    on_bad_row: Callable[[str, DataError], None] | None = None,
+    on_bad_row: OnBad | None = None,
 ) -> Iterator[Pair]:
     """The pairs of a file, folder or hub data set (see `sources.read_rows`), one after the other.
 
@@ -85,8 +89,9 @@ def iter_pairs(
         limit: how many rows are read at most.
         both_orders: "stop": a pair whose responses stood before in the other order is a bad row; "keep": people may
             disagree.
-        on_bad_row: told of each row that cannot be used (where, why), which is then left out; None: the first stops
-            the reading. A file that cannot be parsed beyond a row stops it in any case.
+        on_bad_row: told of each row that cannot be used (where, why, and `Pair.row` or what else was read of it), which
+            is then left out; None: the first stops the reading. A file that cannot be parsed beyond a row stops it in
+            any case.
 
     Raises:
         DataError: the source cannot be read, or a row of it cannot be used and `on_bad_row` is None.
@@ -97,6 +102,7 @@ def iter_pairs(
     seen: dict[bytes, str] = {}
     rows = read_rows(source, split=split, config_name=config_name, data_dir=data_dir, on_bad_line=on_bad_row)
     for where, row in islice(rows, limit):
+        pair = None
         try:
             pair = to_pair(row, where)
             if both_orders == "stop":
@@ -104,7 +110,7 @@ def iter_pairs(
         except DataError as error:
             if on_bad_row is None:
                 raise
-            on_bad_row(where, error)
+            on_bad_row(where, error, row if pair is None else pair.row())
             continue
         yield pair
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import pyarrow as pa
 from prefdistill.data.formats import Pair
 from prefdistill.data.given import GivenRewards
 from prefdistill.data.on_disk import Spool, View
+from prefdistill.data.sources import OnBad
 from prefdistill.data.table import SPLITS, Groups, PromptGroup, Response, prompt_key, response_key, text_key
 from prefdistill.data.tokenise import Encoder
 from prefdistill.errors import DataError
@@ -48,7 +49,7 @@ def group_pairs(
     encoder: Encoder,
     *,
     splits: dict[bytes, str],
-    on_bad: Callable[[str, DataError], None] | None = None,
+    on_bad: OnBad | None = None,
     given: str | None = None,
 ) -> tuple[Groups, Dropped]:
     """Pairs to prompt groups in the order of first appearance; pairs with a response too long are dropped, counted.
@@ -57,7 +58,7 @@ def group_pairs(
 
     Args:
         splits: `prompt_key` -> split.
-        on_bad: told of a pair that cannot be encoded, which is then left out; None raises.
+        on_bad: told of a pair that cannot be encoded (where, why, its row), which is then left out; None raises.
         given: rewards are read from the columns `given`_chosen and `given`_rejected.
 
     Raises:
@@ -99,7 +100,7 @@ def group_pairs(
         except DataError as error:
             if on_bad is None:
                 raise DataError(f"{pair.where}: {error}") from error
-            on_bad(pair.where, error)
+            on_bad(pair.where, error, pair.row())
             continue
         if chosen is None or rejected is None:
             too_long += 1

@@ -13,15 +13,19 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from prefdistill.data.arrow_names import check_names
 from prefdistill.data.datasets_rows import hub_rows, is_saved, saved_rows
+from prefdistill.data.json_text import Parser, is_object
 from prefdistill.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 Row = dict[str, Any]
 Rows = Iterator[tuple[str, Row]]
-OnBad = Callable[[str, DataError], None]
+OnBad = Callable[[str, DataError, Any], None]  # told of a row that is left out: where, why, and what was read of it
 
 _BOM = b"\xef\xbb\xbf"
 _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
@@ -51,9 +55,10 @@ def read_rows(
             splits: all their rows are read.
         config_name: the configuration of a hub data set, where it has several.
         data_dir: the folder of a hub data set, where it keeps several in one repository.
-        on_bad_line: told of each row that its format leaves alone in its fault (where, why), which is then left out: a
-            line of JSON Lines that is no object, an entry of a JSON list that is none, a CSV row with another number of
-            fields than the header. None: the first stops the reading.
+        on_bad_line: told of each row that its format leaves alone in its fault (where, why, what could be read of it or
+            None), which is then left out: a line of JSON Lines that is no object, an entry of a JSON list that is none,
+            an object that names a key twice, a CSV row with another number of fields than the header, a row of Parquet
+            with a value that Python cannot hold. None: the first stops the reading.
 
     Raises:
         DataError: the source does not exist, cannot be read, holds no rows, is not UTF-8, or breaks its own format.
@@ -73,7 +78,7 @@ def read_rows(
     )
 
 
-def _stop(where: str, error: DataError) -> None:
+def _stop(where: str, error: DataError, row: Any) -> None:
     raise error
 
 
@@ -112,10 +117,10 @@ def _file_rows(path: Path, on_bad: OnBad) -> Rows:
         raise DataError(f"{path}: not a kind of file that can be read. Convert it to one of {_endings()}.")
     empty = True
 
-    def told(where: str, error: DataError) -> None:
+    def told(where: str, error: DataError, row: Any) -> None:
         nonlocal empty
         empty = False  # it has rows, though bad ones
-        on_bad(where, error)
+        on_bad(where, error, row)
 
     try:
         for where, row in reader(path, told):
@@ -160,52 +165,42 @@ def _not_utf8(path: Path, number: int, line: bytes, line_offset: int, at: int) -
 # --- JSON -------------------------------------------------------------------------------------------------------------
 
 
-class _DuplicateKeyError(ValueError):
-    """An object that names a key twice; its text is what is wrong."""
-
-
-def _object(pairs: list[tuple[str, Any]]) -> Row:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise _DuplicateKeyError(f"an object has the key {twice!r} twice (its keys: {', '.join(map(repr, keys))})")
-    return result
-
-
-def _parse(text: str, path: Path, line: int | None) -> Any:
+def _parse(parser: Parser, text: str, path: Path, line: int | None) -> Any:
     """The value of a JSON text that stands on line `line` of the file, or is the whole file (None)."""
-    place = str(path) if line is None else f"{path}, line {line}"
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        return parser.parse(text)
     except json.JSONDecodeError as error:
         raise DataError(
             f"{path}, line {error.lineno if line is None else line}, column {error.colno}: "
             f"not valid JSON ({error.msg}). Mend that place or write the file again."
         ) from error
-    except _DuplicateKeyError as error:
-        raise DataError(f"{place}: {error}. Keep one of the two.") from error
-    except (ValueError, RecursionError) as error:
-        # A number of over 4,300 digits, or lists nested a thousand deep: valid JSON that Python will not read.
-        raise DataError(f"{place}: JSON that cannot be read ({error}). Shorten or flatten that value.") from error
+    except RecursionError as error:
+        # Lists nested a thousand deep: valid JSON that Python will not read.
+        place = str(path) if line is None else f"{path}, line {line}"
+        raise DataError(f"{place}: JSON that cannot be read ({error}). Flatten that value.") from error
 
 
 def _jsonl_rows(path: Path, on_bad: OnBad) -> Rows:
+    parser = Parser()
     for number, line in enumerate(_text_lines(path), 1):
         if not line.strip():
             continue
         where = f"{path}, row {number}"
         try:
-            row = _parse(line.rstrip("\r\n"), path, number)
-            if not isinstance(row, dict):
-                raise DataError(
-                    f"{path}, line {number}: {_kind(row)} where an object with columns should stand. Write one object "
-                    f"a line; a file that is one JSON list must end in .json instead of .jsonl."
-                )
+            row = _parse(parser, line.rstrip("\r\n"), path, number)
         except DataError as error:
-            on_bad(where, error)
+            on_bad(where, error, None)
             continue
-        yield where, row
+        fault = parser.fault(row)
+        if fault is None and not isinstance(row, dict):
+            fault = (
+                f"{_kind(row)} where an object with columns should stand. Write one object a line; a file that is one "
+                "JSON list must end in .json instead of .jsonl."
+            )
+        if fault is None:
+            yield where, row
+        else:
+            on_bad(where, DataError(f"{path}, line {number}: {fault}"), row)
 
 
 def _json_rows(path: Path, on_bad: OnBad) -> Rows:
@@ -213,32 +208,38 @@ def _json_rows(path: Path, on_bad: OnBad) -> Rows:
     if not text.strip():
         return
     # Published .json files are often JSON Lines (the TL;DR comparisons are): an object that ends before the file does.
-    if _is_json_lines(text):
+    parser = Parser()
+    if _is_json_lines(parser, text):
         yield from _jsonl_rows(path, on_bad)
         return
-    content = _parse(text, path, None)
-    rows = content.get("data") if isinstance(content, dict) else content
-    if not isinstance(rows, list):
-        raise DataError(
-            f"{path}: {_kind(content)} without a list of rows. Write a list of objects, or {{'data': [...]}}; a file "
-            f"with one object a line must end in .jsonl."
+    content = _parse(parser, text, path, None)
+    rows = content.pop("data", None) if isinstance(content, dict) else content
+    fault = parser.fault(content) if is_object(content) else None  # of what stands around the rows
+    if fault is None and (is_object(rows) or not isinstance(rows, list)):
+        fault = parser.fault(rows) or (
+            f"{_kind(content)} without a list of rows. Write a list of objects, or {{'data': [...]}}; a file with one "
+            "object a line must end in .jsonl."
         )
+    if fault is not None:
+        raise DataError(f"{path}: {fault}")
     for number, row in enumerate(rows, 1):
         where = f"{path}, row {number}"
-        if isinstance(row, dict):
+        fault = parser.fault(row)
+        if fault is None and not isinstance(row, dict):
+            fault = f"{_kind(row)} where an object with columns should stand."
+        if fault is None:
             yield where, row
         else:
-            on_bad(where, DataError(f"{where}: {_kind(row)} where an object with columns should stand."))
+            on_bad(where, DataError(f"{where}: {fault}"), row)
 
 
-def _is_json_lines(text: str) -> bool:
+def _is_json_lines(parser: Parser, text: str) -> bool:
     """Whether the text is an object, a line end, and the beginning of another object."""
-    start = len(text) - len(text.lstrip())
     try:
-        first, end = json.JSONDecoder().raw_decode(text, start)
-    except (ValueError, RecursionError):
+        first, end = parser.first(text)
+    except (json.JSONDecodeError, RecursionError):
         return False
-    return isinstance(first, dict) and _NEXT_OBJECT.match(text, end) is not None
+    return is_object(first) and _NEXT_OBJECT.match(text, end) is not None
 
 
 def _kind(value: Any) -> str:
@@ -271,7 +272,7 @@ def _csv_rows(path: Path, on_bad: OnBad) -> Rows:
                     f"{path}, line {first_line}: {len(fields)} fields where the header has {len(header)} "
                     f"({', '.join(map(repr, header))}). Put texts that hold commas or line ends in double quotes."
                 )
-                on_bad(where, error)
+                on_bad(where, error, fields)
                 continue
             yield where, dict(zip(header, fields, strict=True))
     except csv.Error as broken:
@@ -300,13 +301,43 @@ def _parquet_rows(path: Path, on_bad: OnBad) -> Rows:
         with pq.ParquetFile(path) as file:
             check_names(file.schema_arrow, str(path))
             for batch in file.iter_batches(batch_size=_BATCH_ROWS):
-                for row in batch.to_pylist():
+                for row, fault in _batch_rows(batch):
                     number += 1
-                    yield f"{path}, row {number}", row
+                    where = f"{path}, row {number}"
+                    if fault is None:
+                        yield where, row
+                    else:
+                        on_bad(where, DataError(f"{where}, {fault}"), row)
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise DataError(
             f"{path}: not valid Parquet after row {number} ({error}). Write or fetch the file again."
         ) from error
+
+
+def _batch_rows(batch: pa.RecordBatch) -> Iterator[tuple[Row, str | None]]:
+    """The rows of a batch, and what is wrong with each: a value that Python cannot hold, which is None in the row."""
+    try:
+        rows = batch.to_pylist()
+    except (ValueError, OverflowError):  # Arrow's own are ValueErrors; whose fault it is shows when each is read alone
+        for i in range(batch.num_rows):
+            yield _read_alone(batch, i)
+    else:
+        yield from ((row, None) for row in rows)
+
+
+def _read_alone(batch: pa.RecordBatch, i: int) -> tuple[Row, str | None]:
+    row: Row = {}
+    fault = None
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            row[name] = column[i].as_py()
+        except (ValueError, OverflowError) as error:
+            row[name] = None
+            fault = (
+                f"column {name!r}: a value that cannot be read ({error}). Texts must be UTF-8 and dates within the "
+                "years 1 to 9999: mend it, or remove the row."
+            )
+    return row, fault
 
 
 _READERS: dict[str, Callable[[Path, OnBad], Rows]] = {

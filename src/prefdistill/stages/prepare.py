@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from prefdistill.data.formats import Pair, iter_pairs
 from prefdistill.data.group_files import read_groups, write_groups
 from prefdistill.data.grouping import Dropped, assign_splits, group_pairs
 from prefdistill.data.on_disk import Spool, View
+from prefdistill.data.sources import OnBad
 from prefdistill.data.table import SPLITS, Groups, PromptGroup, Response, add_drawn, in_memory
 from prefdistill.data.tree import Tree
 from prefdistill.errors import DataError
@@ -65,8 +66,8 @@ def read_pairs(run: Run) -> tuple[Sequence[Pair], list[dict[str, Any]]]:
     return View(rows, lambda row: Pair(*json.loads(row[_PAIR.names[0]]))), bad
 
 
-def _into(bad: list[dict[str, Any]]) -> Callable[[str, DataError], None]:
-    return lambda where, error: bad.append({"where": where, "reason": str(error)})
+def _into(bad: list[dict[str, Any]]) -> OnBad:
+    return lambda where, error, row: bad.append({"where": where, "reason": str(error)})
 
 
 def encode_pairs(run: Run, pairs: Sequence[Pair], bad: list[dict[str, Any]] | None = None) -> tuple[Groups, Dropped]:
