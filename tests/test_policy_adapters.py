@@ -17,7 +17,7 @@ from tiny_models import save_some_adapter
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "qlora", "qdora"])
-def test_a_policy_saved_as_an_adapter_is_the_merged_one(kind, data, wide_folder, tmp_path):  # noqa: F811
+def test_a_policy_saved_as_an_adapter_is_the_merged_one(kind, data, wide_folder, tmp_path, capsys):  # noqa: F811
     """Loaded by PEFT alone on the base that it names, and in all figures of the run."""
     if kind.startswith("q"):
         pytest.importorskip("bitsandbytes")
@@ -52,6 +52,8 @@ def test_a_policy_saved_as_an_adapter_is_the_merged_one(kind, data, wide_folder,
     for name in ("chosen_logp_change", "heldout_chosen_logp_change"):
         assert figures[1][name] == pytest.approx(figures[0][name], abs=1e-4)
     assert figures[0]["chosen_logp_change"] != 0
+    assert main(["push", str(tmp_path / "adapter"), "dpo", "--repo", "org/name"]) == 2
+    assert "a folder of this machine" in capsys.readouterr().err
 
 
 def test_an_adapter_stands_on_no_adapter(data, model_folder, tmp_path, capsys):  # noqa: F811

@@ -25,12 +25,19 @@ def main(argv: list[str]) -> int:
 
     from prefdistill.atomic import write_text
     from prefdistill.cli import opened_alone
+    from prefdistill.models.adapter_folders import adapter_base, is_adapter
 
     # Held while it is uploaded too: a run beside it would put other weights under the card.
     with opened_alone(options.run) as run:
         if options.method not in run.config.methods:
             raise ConfigError(f"{options.run} has no method {options.method!r}; it has {', '.join(run.config.methods)}")
         folder = run.policy_path(options.method)
+        if options.repo and is_adapter(str(folder)) and Path(adapter_base(str(folder))).is_dir():
+            raise ConfigError(
+                f"{folder} is an adapter on {adapter_base(str(folder))}, a folder of this machine that nobody who loads "
+                "it from the hub has; train with distill.adapters: false, or put the base on the hub and its id into "
+                "adapter_config.json"
+            )
         card = folder / "README.md"
         write_text(card, card_text(run, options.method, options.license))
         print(f"model card: {card}", file=sys.stderr)
