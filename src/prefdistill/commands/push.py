@@ -34,8 +34,8 @@ def main(argv: list[str]) -> int:
         folder = run.policy_path(options.method)
         if options.repo and is_adapter(str(folder)) and Path(adapter_base(str(folder))).is_dir():
             raise ConfigError(
-                f"{folder} is an adapter on {adapter_base(str(folder))}, a folder of this machine that nobody who loads "
-                "it from the hub has; train with distill.adapters: false, or put the base on the hub and its id into "
+                f"{folder} is an adapter on {adapter_base(str(folder))}, a folder of this machine that nobody "
+                "who loads it from the hub has; train with distill.adapters: false, or put the base on the hub and its id into "
                 "adapter_config.json"
             )
         card = folder / "README.md"
