@@ -35,8 +35,8 @@ def main(argv: list[str]) -> int:
         if options.repo and is_adapter(str(folder)) and Path(adapter_base(str(folder))).is_dir():
             raise ConfigError(
                 f"{folder} is an adapter on {adapter_base(str(folder))}, a folder of this machine that nobody "
-                "who loads it from the hub has; train with distill.adapters: false, or put the base on the hub and its id into "
-                "adapter_config.json"
+                "who loads it from the hub has; train with distill.adapters: false, or put the base on the hub and its "
+                "id into adapter_config.json"
             )
         card = folder / "README.md"
         write_text(card, card_text(run, options.method, options.license))
