@@ -24,12 +24,15 @@ from prefdistill.evaluation.llm_judge import (
     Answer,
     Cache,
     Compared,
+    Model,
     Question,
     ask_all,
     figures,
     read_verdict,
 )
 from test_pipeline import data, model_folder, rows, small  # noqa: F401
+from tiny_models import tiny
+from tiny_tokenizers import llama3
 
 
 class Server:
@@ -56,6 +59,8 @@ class Server:
                     time.sleep(1.5)
                 if isinstance(fault, int):
                     self.reply(fault, {"error": {"message": f"fault {fault}"}})
+                elif isinstance(fault, tuple):
+                    self.reply(fault[0], {"error": {"message": fault[1]}})
                 elif fault == "no json":
                     self.reply(200, b"<html>")
                 elif fault == "no choices":
@@ -149,12 +154,12 @@ EXPECTED = ["B", "B", "B", "tie", "A", "A"]
 )
 def test_faults_change_no_answer(faults, tmp_path):
     with Server(faults) as server:
-        cache = Cache(tmp_path / "cache.jsonl", "judge")
-        answers = ask_all(client(server.url), "judge", QUESTIONS, cache, workers=3)
+        cache = Cache(tmp_path / "cache.jsonl", Model("judge"))
+        answers = ask_all(client(server.url), QUESTIONS, cache, workers=3)
         assert [a.verdict for a in answers] == EXPECTED
         assert len(server.seen) >= len(QUESTIONS) + len(faults)
         asked = len(server.seen)
-        again = ask_all(client(server.url), "judge", QUESTIONS, Cache(cache.path, "judge"), workers=3)
+        again = ask_all(client(server.url), QUESTIONS, Cache(cache.path, Model("judge")), workers=3)
         assert again == answers
         assert len(server.seen) == asked, "a second run asks nothing"
         assert "secret-key" not in cache.path.read_text()
@@ -163,9 +168,30 @@ def test_faults_change_no_answer(faults, tmp_path):
 def test_another_model_is_asked_itself(tmp_path):
     with Server() as server:
         for model in ("one", "two"):
-            ask_all(client(server.url), model, QUESTIONS, Cache(tmp_path / "cache.jsonl", model))
+            ask_all(client(server.url), QUESTIONS, Cache(tmp_path / "cache.jsonl", Model(model)))
         assert {s["model"] for s in server.seen} == {"one", "two"}
         assert len(server.seen) == 2 * len(QUESTIONS)
+
+
+def test_another_temperature_is_asked_anew_and_none_is_not_sent(tmp_path):
+    with Server() as server:
+        for temperature in (0.0, 0.7, None, 0.7):
+            model = Model("judge", temperature)
+            ask_all(client(server.url), QUESTIONS, Cache(tmp_path / "cache.jsonl", model), workers=1)
+        asked = [s.get("temperature", "not sent") for s in server.seen]
+    n = len(QUESTIONS)
+    assert asked == [0.0] * n + [0.7] * n + ["not sent"] * n
+
+
+def test_a_model_that_refuses_the_temperature_is_told_of(tmp_path):
+    """The models that reason refuse 0 with a 400."""
+    refusal = (400, "Unsupported value: 'temperature' does not support 0 with this model.")
+    with Server([refusal]) as server:
+        with pytest.raises(DataError, match=r"goes on, with --temperature none if the model"):
+            ask_all(client(server.url), QUESTIONS, Cache(tmp_path / "c", Model("judge")), workers=1)
+        assert len(server.seen) == 1
+        answers = ask_all(client(server.url), QUESTIONS, Cache(tmp_path / "c", Model("judge", None)))
+    assert [a.verdict for a in answers] == EXPECTED
 
 
 @pytest.mark.parametrize(
@@ -174,18 +200,18 @@ def test_another_model_is_asked_itself(tmp_path):
 def test_a_server_that_refuses_is_named_and_answers_are_kept(faults, said, tmp_path):
     path = tmp_path / "cache.jsonl"
     with Server() as server:
-        ask_all(client(server.url), "judge", QUESTIONS[:2], Cache(path, "judge"))
+        ask_all(client(server.url), QUESTIONS[:2], Cache(path, Model("judge")))
     with Server(faults) as server:
         address = server.url.replace("//", "//user:password@")
         with pytest.raises(DataError, match=rf"(?s)'judge' at http://127.*{said}.*answers so far are in") as raised:
-            ask_all(client(address, max_retries=1), "judge", QUESTIONS, Cache(path, "judge"), workers=1)
+            ask_all(client(address, max_retries=1), QUESTIONS, Cache(path, Model("judge")), workers=1)
         assert "password" not in str(raised.value)
-    assert len(Cache(path, "judge").answers) == 2
+    assert len(Cache(path, Model("judge")).answers) == 2
 
 
 def test_an_answer_that_names_nothing_is_counted_not_guessed(tmp_path):
     with Server(says=lambda content: "I cannot say.") as server:
-        (answer,) = ask_all(client(server.url), "judge", QUESTIONS[:1], Cache(tmp_path / "c", "judge"))
+        (answer,) = ask_all(client(server.url), QUESTIONS[:1], Cache(tmp_path / "c", Model("judge")))
         assert answer == Answer(None, 100 * READ_TRIES, 10 * READ_TRIES)
         assert len(server.seen) == READ_TRIES
 
@@ -193,13 +219,13 @@ def test_an_answer_that_names_nothing_is_counted_not_guessed(tmp_path):
 def test_a_cache_line_that_a_stop_has_cut_is_asked_again(tmp_path, caplog):
     path = tmp_path / "cache.jsonl"
     with Server() as server:
-        ask_all(client(server.url), "judge", QUESTIONS, Cache(path, "judge"))
+        ask_all(client(server.url), QUESTIONS, Cache(path, Model("judge")))
         path.write_text(path.read_text()[:-30])
-        answers = ask_all(client(server.url), "judge", QUESTIONS, Cache(path, "judge"))
+        answers = ask_all(client(server.url), QUESTIONS, Cache(path, Model("judge")))
         assert [a.verdict for a in answers] == EXPECTED
         assert len(server.seen) == len(QUESTIONS) + 1
     assert "line 6 is broken" in caplog.text
-    assert len(Cache(path, "judge").answers) == len(QUESTIONS)
+    assert len(Cache(path, Model("judge")).answers) == len(QUESTIONS)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +276,7 @@ def test_a_judge_that_likes_the_first_place_gives_half(tmp_path):
     with Server(says=lambda content: "Preferred: A") as server:
         pairs = [(Question("p", f"a{i}", f"b{i}"), Question("p", f"b{i}", f"a{i}")) for i in range(4)]
         flat = [q for pair in pairs for q in pair]
-        answers = ask_all(client(server.url), "judge", flat, Cache(tmp_path / "c", "judge"))
+        answers = ask_all(client(server.url), flat, Cache(tmp_path / "c", Model("judge")))
     found = figures([Compared(answers[2 * i].verdict, answers[2 * i + 1].verdict) for i in range(4)], range(4))
     assert found["win_rate"]["mean"] == 0.5
     assert found["position_bias"] == found["first_preferred"] == 1.0
@@ -262,17 +288,19 @@ def test_the_command_judges_a_run(data, model_folder, tmp_path, monkeypatch, cap
     pipeline.run(small(data, model_folder, out, methods="[dpo,ipo]"))
     monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
     with Server([429, 500]) as server:
-        command = ["judge", str(out), "--model", "org/judge", "--base-url", server.url, "--price", "1,2"]
+        command = ["judge", str(out), "--model", "org/judge", "--base-url", server.url, "--price", "1000,20000"]
         assert main(command) == 0
         said, asked = capsys.readouterr().out, len(server.seen)
         assert server.seen[0]["key"] == "Bearer secret-key"
         assert server.seen[0]["path"] == "/v1/chat/completions"
         assert main([*command, "--methods", "ipo"]) == 0
         assert len(server.seen) == asked
+    questions = asked - 2  # two tries were refused, and cost nothing
+    assert f"{questions * (100 * 1000 + 10 * 20000) / 1e6:,.2f} dollars" in said
+    assert f"{questions * 100:,} tokens sent, {questions * 10:,} received" in " ".join(said.split())
     written = json.loads((out / "evaluation" / "llm-judge.json").read_text())
     assert list(written["methods"]) == ["ipo"]
     assert written["usage"]["asked"] == 0
-    assert "dollars" in said
     assert "dpo" in said
     assert not [f for f in out.rglob("*") if f.is_file() and b"secret-key" in f.read_bytes()]
     rate = written["methods"]["ipo"]["win_rate"]["mean"]
@@ -350,6 +378,33 @@ def test_a_judge_holds_the_run_directory(run_folder, capsys):
         assert main(["judge", str(run_folder), "--model", "m", "--base-url", server.url]) == 0
 
 
+def test_a_conversation_is_judged_with_its_roles(tmp_path):
+    tokenizer = llama3()
+    model = tiny("llama", vocab_size=len(tokenizer), pad_token_id=None, eos_token_id=tokenizer.eos_token_id)
+    for saved in (model, tokenizer):
+        saved.save_pretrained(tmp_path / "model")
+    say = lambda role, content: {"role": role, "content": content}  # noqa: E731
+    before = [say("system", "Be brief."), say("user", "Hi"), say("assistant", "Hello.")]
+    answer = lambda text: [say("assistant", text)]  # noqa: E731
+    made = [
+        {
+            "prompt": [*before, say("user", r["prompt"])],
+            "chosen": answer(r["chosen"].strip()),
+            "rejected": answer(r["rejected"].strip()),
+        }
+        for r in rows()
+    ]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in made), encoding="utf-8")
+    pipeline.run(small(path, tmp_path / "model", tmp_path / "run", methods="[dpo]"))
+    with Server() as server:
+        assert main(["judge", str(tmp_path / "run"), "--model", "m", "--base-url", server.url, "--prompts", "1"]) == 0
+    shown = "System: Be brief.\n\nUser: Hi\n\nAssistant: Hello.\n\nUser: Describe "
+    assert all(f">\n{shown}" in s["messages"][-1]["content"] for s in server.seen)
+    side_by_side = json.loads((tmp_path / "run" / "evaluation" / "side_by_side.json").read_text(encoding="utf-8"))
+    assert shown in json.dumps(side_by_side).replace("\\n", "\n")
+
+
 def longer_share(out) -> float:
     from prefdistill.cli import parse
     from prefdistill.stages.draw import read_samples
@@ -370,6 +425,8 @@ def longer_share(out) -> float:
         (["nowhere", "--model", "m"], "no run directory"),
         (["RUN", "--model", "m", "--methods", "ppo"], "no method 'ppo'; it has dpo"),
         (["RUN", "--model", "m", "--price", "much"], "--price is 'much'"),
+        (["RUN", "--model", "m", "--price", "1,-1"], "--price is '1,-1'"),
+        (["RUN", "--model", "m", "--temperature", "nan"], "--temperature is 'nan'; it must be none or a number"),
         (["RUN", "--model", "m", "--workers", "0"], "--workers is 0; it must be at least 1"),
         (["RUN", "--model", "m", "--prompts", "-1"], "--prompts is -1; it must be at least 1"),
         (["RUN", "--model", "m"], "no samples of reference; evaluate it first"),

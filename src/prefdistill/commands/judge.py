@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 from dataclasses import replace
@@ -31,9 +32,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--workers", type=int, default=8, help="questions under way at a time")
     parser.add_argument("--retries", type=int, default=6, help="tries of a request that the server refuses")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds that a request may take")
+    parser.add_argument(
+        "--temperature", default="0", help="none leaves it to the server, for models that take no other than their own"
+    )
     parser.add_argument("--price", help="IN,OUT in dollars a million tokens: tells what it cost")
     options = parser.parse_args(argv)
     price = _price(options.price)
+    options.temperature = _temperature(options.temperature)
     for name, least in (("prompts", 1), ("workers", 1), ("retries", 0)):
         given = getattr(options, name)
         if given is not None and given < least:
@@ -56,9 +61,23 @@ def _price(text: str | None) -> tuple[float, float] | None:
         return None
     try:
         sent, received = (float(part) for part in text.split(","))
-    except ValueError as error:
-        raise ConfigError(f"--price is {text!r}; it must be two numbers, as in --price 0.15,0.60") from error
+    except ValueError:
+        sent = received = math.nan
+    if not (0 <= sent < math.inf and 0 <= received < math.inf):
+        raise ConfigError(f"--price is {text!r}; it must be two numbers, as in --price 0.15,0.60")
     return sent, received
+
+
+def _temperature(text: str) -> float | None:
+    if text.lower() == "none":
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise ConfigError(f"--temperature is {text!r}; it must be none or a number from 0 on")
+    return value
 
 
 def client_of(options: Any) -> Any:
@@ -81,8 +100,8 @@ def judge(run: Any, options: Any, methods: list[str]) -> dict[str, Any]:
 
     The caller holds the run directory.
     """
-    from prefdistill.data.table import prompt_text
-    from prefdistill.evaluation.llm_judge import PROMPT_VERSION, Cache, Compared, Question, ask_all, figures
+    from prefdistill.data.table import conversation_text
+    from prefdistill.evaluation.llm_judge import PROMPT_VERSION, Cache, Compared, Model, Question, ask_all, figures
     from prefdistill.seals import checksum
     from prefdistill.stages.draw import held_out_groups, read_samples, samples_path
 
@@ -91,24 +110,24 @@ def judge(run: Any, options: Any, methods: list[str]) -> dict[str, Any]:
             raise DataError(f"{run.root} has no samples of {name}; evaluate it first: prefdistill evaluate CONFIG.yaml")
     groups = held_out_groups(run)[: options.prompts]
     texts = {
-        name: [[prompt_text(run.encoder.decode_response(s.ids)) for s in drawn] for drawn in read_samples(run, name)]
+        name: [[run.encoder.decode_response(s.ids) for s in drawn] for drawn in read_samples(run, name)]
         for name in ("reference", *methods)
     }
     asked: list[tuple[str, int, Question, Question]] = []
     for name in methods:
         for i, group in enumerate(groups):
-            prompt = prompt_text(group.prompt)
+            prompt = conversation_text(group.prompt)
             for ours, theirs in zip(texts[name][i], texts["reference"][i], strict=False):
                 asked.append((name, i, Question(prompt, ours, theirs), Question(prompt, theirs, ours)))
     questions = [q for _, _, first, second in asked for q in (first, second)]
     slug = re.sub(r"[^A-Za-z0-9.-]+", "-", options.model)
-    cache = Cache(run.evaluation_path / "llm-judge" / f"{slug}.jsonl", options.model)
+    cache = Cache(run.evaluation_path / "llm-judge" / f"{slug}.jsonl", Model(options.model, options.temperature))
     client = client_of(options)
     before = set(cache.answers)
     with run.progress(len(set(questions)), "questions") as tick:
-        answers = ask_all(client, options.model, questions, cache, workers=options.workers, tick=tick)
-    out: dict[str, Any] = {"version": VERSION, "model": options.model, "prompt_version": PROMPT_VERSION, "methods": {}}
-    out["prompts"] = len(groups)
+        answers = ask_all(client, questions, cache, workers=options.workers, tick=tick)
+    out: dict[str, Any] = {"version": VERSION, "model": options.model, "temperature": options.temperature}
+    out |= {"prompt_version": PROMPT_VERSION, "prompts": len(groups), "methods": {}}
     for name in methods:
         places = [n for n, (of, *_) in enumerate(asked) if of == name]
         compared = [Compared(answers[2 * n].verdict, answers[2 * n + 1].verdict) for n in places]
@@ -158,7 +177,7 @@ def _print(found: dict[str, Any], price: tuple[float, float] | None) -> None:
     cost = ""
     if price is not None:
         dollars = (usage["prompt_tokens"] * price[0] + usage["completion_tokens"] * price[1]) / 1e6
-        cost = f", {dollars:.2f} dollars"
+        cost = f", {dollars:,.2f} dollars" if dollars >= 0.1 else f", {dollars:.2g} dollars"
     console.print(
         f"{usage['asked']} questions asked, {usage['from_cache']} known from before; in all "
         f"{usage['prompt_tokens']:,} tokens sent, {usage['completion_tokens']:,} received{cost}",

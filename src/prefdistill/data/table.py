@@ -155,8 +155,18 @@ def plain_text(text: Text) -> str:
 
 
 def prompt_text(prompt: Text) -> str:
-    """What a person reads of a prompt: the text itself, or the messages' contents, one below the other."""
+    """What an encoder reads of a prompt: the text itself, or the messages' contents, one below the other."""
     return prompt if isinstance(prompt, str) else "\n\n".join(m["content"] for m in prompt)
+
+
+def conversation_text(prompt: Text) -> str:
+    """What a person or a language model reads of a prompt: as `prompt_text`, each of several turns with its role.
+
+    A user's only message, and a text, stand as they are.
+    """
+    if isinstance(prompt, str) or [m["role"] for m in prompt] == ["user"]:
+        return prompt_text(prompt)
+    return "\n\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in prompt)
 
 
 def response_lengths(group: PromptGroup) -> np.ndarray:

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 Verdict = Literal["A", "B", "tie"]
 
-PROMPT_VERSION = 1
+PROMPT_VERSION = 2  # 1 showed a conversation's turns without their roles
 READ_TRIES = 3  # how often a question is put whose answer names no preference
 
 INSTRUCTIONS = """You compare two responses of assistants to the same conversation and say which one helps its user \
@@ -94,10 +94,23 @@ def read_verdict(text: str | None) -> Verdict | None:
     return "tie" if found[-1].lower() == "tie" else found[-1].upper()
 
 
+@dataclass(frozen=True)
+class Model:
+    """Who is asked.
+
+    Attributes:
+        name: the model's at its endpoint.
+        temperature: None leaves it to the server: some models take no other than their own.
+    """
+
+    name: str
+    temperature: float | None = 0.0
+
+
 class Cache:
     """Answers on disk by model and question, a line each; a line that a stop has cut is asked again."""
 
-    def __init__(self, path: Path, model: str) -> None:
+    def __init__(self, path: Path, model: Model) -> None:
         self.path = path
         self.model = model
         self.answers: dict[str, Answer] = {}
@@ -111,7 +124,7 @@ class Cache:
                     logger.warning("%s, line %d is broken; it is asked again", path, number)
 
     def key(self, question: Question) -> str:
-        text = json.dumps([self.model, PROMPT_VERSION, question.messages])
+        text = json.dumps([self.model.name, self.model.temperature, PROMPT_VERSION, question.messages])
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def keep(self, question: Question, answer: Answer) -> None:
@@ -127,14 +140,13 @@ class Cache:
 
 def ask_all(
     client: Any,
-    model: str,
     questions: Sequence[Question],
     cache: Cache,
     *,
     workers: int = 8,
     tick: Callable[[int], None] = lambda amount: None,
 ) -> list[Answer]:
-    """An answer to every question, from the cache where it has one.
+    """An answer to every question by the cache's model, from the cache where it has one.
 
     Args:
         client: an `openai.OpenAI`; it retries what a server refuses for the moment.
@@ -144,12 +156,15 @@ def ask_all(
     """
     import openai
 
+    model = cache.model
+    chosen = {} if model.temperature is None else {"temperature": model.temperature}
+
     def ask(question: Question) -> Answer:
         sent = received = 0
         verdict: Verdict | None = None
         for left in reversed(range(READ_TRIES)):
             try:
-                reply = client.chat.completions.create(model=model, messages=question.messages, temperature=0.0)
+                reply = client.chat.completions.create(model=model.name, messages=question.messages, **chosen)
             except json.JSONDecodeError:
                 if not left:
                     raise
@@ -173,9 +188,11 @@ def ask_all(
         _in_threads(ask, missing, keep, workers)
     except (openai.OpenAIError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        refused = isinstance(error, openai.BadRequestError) and "temperature" in str(error) and bool(chosen)
         raise DataError(
-            f"the judge {model!r} at {_shown(client.base_url)} does not answer ({type(error).__name__}: "
+            f"the judge {model.name!r} at {_shown(client.base_url)} does not answer ({type(error).__name__}: "
             f"{reason[:200]}); answers so far are in {cache.path}, and the same command goes on"
+            + (", with --temperature none if the model takes no other than its own" if refused else "")
         ) from error
     return [cache.answers[cache.key(q)] for q in questions]
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from prefdistill.atomic import write_json
-from prefdistill.data.table import PromptGroup, prompt_text, response_lengths
+from prefdistill.data.table import PromptGroup, conversation_text, response_lengths
 from prefdistill.data.tree import Tree
 from prefdistill.evaluation.compare import Drawn, compare, verdict, wald_tests
 from prefdistill.evaluation.diagnosis import warnings_of
@@ -211,7 +211,7 @@ def side_by_side(run: Run, groups: list[PromptGroup], scores: dict[str, np.ndarr
         text = {m: run.encoder.decode_response(d[i][0].ids) for m, d in drawn.items()}
         out.append(
             {
-                "prompt": prompt_text(g.prompt),
+                "prompt": conversation_text(g.prompt),
                 "reference": text["reference"],
                 "responses": {m: text[m] for m in run.config.methods},
                 "scores": {m: float(scores[m][i, 0]) for m in scores},
