@@ -128,7 +128,7 @@ def test_a_value_of_parquet_that_python_cannot_hold_costs_its_row(tmp_path: Path
 
 
 def test_what_is_told_of_other_rows(tmp_path: Path) -> None:
-    """A row that was read as a pair is told as one; else what was read, and None for what is no JSON."""
+    """A row that was read as a pair is told as one; else what was read, and the line for what is no JSON."""
     path = tmp_path / "pairs.jsonl"
     say = lambda text: [{"role": "user", "content": "p"}, {"role": "assistant", "content": text}]  # noqa: E731
     blank, first, other = ROW | {"chosen": " "}, *({"chosen": say(a), "rejected": say(b)} for a, b in ("ab", "ba"))
@@ -136,9 +136,28 @@ def test_what_is_told_of_other_rows(tmp_path: Path) -> None:
     kept, told = dropping(path)
     assert len(kept) == 1
     canonical = {"prompt": say("")[:1], "chosen": say("b")[1:], "rejected": say("a")[1:], "id": 7}
-    assert [row for _, _, row in told] == [blank, canonical, None, 3]
+    assert [row for _, _, row in told] == [blank, canonical, "{", 3]
     (tmp_path / "pairs.csv").write_text("prompt,chosen,rejected\np,a,b\np,a\n")
     assert [row for _, _, row in dropping(tmp_path / "pairs.csv")[1]] == [["p", "a"]]
+
+
+def test_a_run_writes_down_every_row_that_it_leaves_out(tmp_path: Path, model_folder: Path) -> None:  # noqa: F811
+    made = rows()
+    blank, long = made[0] | {"chosen": " "}, made[1] | {"rejected": " red" * 60, "id": 7}
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, [blank, long, *made[2:]])) + '\n{"prompt": "bro', encoding="utf-8")
+    options = {"dataset.max_response_tokens": 50, "dataset.on_bad_row": "drop"}
+    pipeline.run(small(path, model_folder, tmp_path / "run", methods="[dpo]", **options), until="data")
+    rejected = tmp_path / "run" / "data" / "rejected.jsonl"
+    told = [json.loads(line) for line in rejected.read_text(encoding="utf-8").splitlines()]
+    assert [(t["where"], t["kind"], t["row"]) for t in told] == [
+        (f"{path}, row 1", "bad", blank),
+        (f"{path}, row 31", "bad", '{"prompt": "bro'),
+        (f"{path}, row 2", "too long", long),
+    ]
+    path.write_text("\n".join(map(json.dumps, made[2:])), encoding="utf-8")
+    pipeline.run(small(path, model_folder, tmp_path / "run", methods="[dpo]", **options), until="data")
+    assert not rejected.exists()
 
 
 # --- names that lead out of a saved folder ----------------------------------------------------------------------------

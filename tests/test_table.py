@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
+import math
 import random
 import struct
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,11 +20,13 @@ from hypothesis import strategies as st
 from prefdistill.data.formats import Pair, to_pair
 from prefdistill.data.group_files import read_groups, write_groups, write_scored
 from prefdistill.data.grouping import assign_splits, group_pairs
+from prefdistill.data.left_out import LeftOut
 from prefdistill.data.table import (
     SPLITS,
     PromptGroup,
     Response,
     add_drawn,
+    conversation_text,
     plain_text,
     prompt_key,
     response_key,
@@ -45,8 +50,9 @@ def pair(prompt="p", chosen="c", rejected="r", where="row 1", **extra) -> Pair:
     return Pair(prompt, chosen, rejected, where, extra)
 
 
-def grouped(pairs, **encoder):
-    return group_pairs(pairs, Encoder(TOKENIZER, **encoder), splits={prompt_key(p.prompt): "train" for p in pairs})
+def grouped(pairs, left_out=None, drop_bad=False, **encoder):
+    splits = {prompt_key(p.prompt): "train" for p in pairs}
+    return group_pairs(pairs, Encoder(TOKENIZER, **encoder), splits=splits, left_out=left_out, drop_bad=drop_bad)
 
 
 def user(text):
@@ -103,11 +109,65 @@ def test_what_is_left_out_or_cut_is_counted():
         pair("p", "abcd", "b"),
         pair("longer prompt", "a", "b"),
     ]
-    groups, dropped = grouped(pairs, max_response_tokens=5, max_prompt_tokens=6)
+    pairs = [replace(p, where=f"row {n}", extra={"id": n}) for n, p in enumerate(pairs, 1)]
+    left_out = LeftOut()
+    groups, dropped = grouped(pairs, max_response_tokens=5, max_prompt_tokens=6, left_out=left_out)
     assert (dropped.pairs_too_long, dropped.same_tokens, dropped.prompts_cut) == (3, 1, 1)
     assert [g.prompt for g in groups] == ["p", "longer prompt"]
     assert groups[1].ids == ids("prompt")
     assert groups[1].cut == len("longer ")
+    told = [json.loads(line) for line in left_out.lines()]
+    kinds = ["too long"] * 3 + ["same tokens"]
+    assert [(t["where"], t["kind"], t["row"]) for t in told] == [
+        (p.where, kind, p.row()) for p, kind in zip(pairs[:4], kinds, strict=True)
+    ]
+    assert [t["reason"][:40] for t in told[:2]] == [
+        f"column '{side}': more than 5 tokens with the"[:40] for side in ("chosen", "rejected")
+    ]
+
+
+def test_bad_rows_are_told_beside_the_others():
+    bad = [pair("p", user("x"), "b", where="row 1"), pair("p", "abcdef", "b", where="row 2")]
+    left_out = LeftOut()
+    grouped([*bad, pair("p", "a", "b")], max_response_tokens=5, left_out=left_out, drop_bad=True)
+    told = [json.loads(line) for line in left_out.lines()]
+    assert [(t["where"], t["kind"]) for t in told] == [("row 1", "bad"), ("row 2", "too long")]
+    assert left_out.counts == {"bad": 1, "too long": 1}
+    assert str(left_out.first) == told[0]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"a": "\ud83d \u2028 é"}, {"a": "\ud83d \u2028 é"}),
+        ({"a": math.nan, "b": [math.inf, 1.5]}, {"a": None, "b": [None, 1.5]}),
+        ({"day": datetime.date(2026, 1, 2), "raw": b"x"}, {"day": "2026-01-02", "raw": "b'x'"}),
+        ("{broken", "{broken"),
+        ({"a": 10**5000}, None),
+    ],
+    ids=["half a character", "no number", "no JSON", "a line", "too many digits"],
+)
+def test_any_row_can_be_told(row, told):
+    """One line of JSON, whatever stands in the row: JSON's own reader is asked, with NaN refused."""
+    left_out = LeftOut()
+    left_out.bad("row 1", DataError("why"), row)
+    (line,) = left_out.lines()
+    assert line.splitlines() == [line]
+    assert json.loads(line, parse_constant=pytest.fail) == {
+        "where": "row 1",
+        "kind": "bad",
+        "reason": "why",
+        "row": told,
+    }
+
+
+def test_a_row_nested_too_deep_is_told_without_its_content():
+    deep: list = []
+    for _ in range(100_000):
+        deep = [deep]
+    left_out = LeftOut()
+    left_out.bad("row 1", DataError("why"), {"a": deep})
+    assert json.loads(next(left_out.lines()))["row"] is None
 
 
 def test_prompts_that_are_one_to_the_model_stand_in_one_split():
@@ -141,6 +201,13 @@ def test_unlabelled_responses_join_without_pairs():
     assert [(r.text, r.source) for r in group.responses] == [("a", "data"), ("b", "data"), ("x", "reference")]
     assert [r.drawn for r in group.responses] == [1, 0, 2]
     assert group.pairs == [(0, 1)]
+
+
+def test_a_conversation_is_shown_with_who_speaks():
+    asked = [{"role": "system", "content": "Be brief."}, *user("Hi"), *assistant("Hello."), *user("Who are\n\nyou?")]
+    assert conversation_text(asked) == "System: Be brief.\n\nUser: Hi\n\nAssistant: Hello.\n\nUser: Who are\n\nyou?"
+    assert conversation_text(user("Hi")) == conversation_text("Hi") == "Hi"
+    assert conversation_text(asked[:1]) == "System: Be brief."
 
 
 def test_plain_text():

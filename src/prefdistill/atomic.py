@@ -77,6 +77,15 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def json_line(value: Any) -> str:
+    """JSON on one line of ASCII: NaN and infinities as null, half characters escaped, other values as their text.
+
+    Raises:
+        ValueError, RecursionError: a number of over 4,300 digits, or values nested too deep.
+    """
+    return json.dumps(_plain(value), default=str, allow_nan=False)
+
+
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 

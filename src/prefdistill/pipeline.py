@@ -87,12 +87,12 @@ def run(config: RunConfig, *, until: str | None = None) -> Path:
             check_4bit(option, job.device)
         # Bad data or a model that is not there must stop the run before its directory exists.
         _check_models(job)
-        pairs, bad = prepare.read_pairs(job)
+        pairs, left_out = prepare.read_pairs(job)
         source = _data_fingerprint(config, job)
-        groups, dropped = prepare.encode_pairs(job, pairs, bad)
+        groups, dropped = prepare.encode_pairs(job, pairs, left_out)
         ranks.from_main(lambda: stack.enter_context(held(job.root)))
         ranks.from_main(remove_unfinished, job.root, job.is_shared)
-        return _run(job, until, lambda: prepare.make_data(job, groups, dropped, bad), source, groups)
+        return _run(job, until, lambda: prepare.make_data(job, groups, dropped, left_out), source, groups)
 
 
 def _run(job: Run, until: str | None, make_data: Callable[[], Outcome], source: str, groups: Groups) -> Path:

@@ -16,8 +16,8 @@ import pyarrow as pa
 
 from prefdistill.data.formats import Pair
 from prefdistill.data.given import GivenRewards
+from prefdistill.data.left_out import LeftOut
 from prefdistill.data.on_disk import Spool, View
-from prefdistill.data.sources import OnBad
 from prefdistill.data.table import SPLITS, Groups, PromptGroup, Response, prompt_key, response_key, text_key
 from prefdistill.data.tokenise import Encoder
 from prefdistill.errors import DataError
@@ -34,6 +34,8 @@ _PROMPT = pa.schema(
 _SIDE = pa.struct([("text", pa.string()), ("ids", pa.list_(pa.int32())), ("given", pa.list_(pa.float64()))])
 _PAIR = pa.schema([("chosen", _SIDE), ("rejected", _SIDE)])
 
+_SAME_TOKENS = DataError("chosen and rejected are the same tokens to the policy, so it cannot learn to tell them apart")
+
 
 @dataclass(frozen=True)
 class Dropped:
@@ -49,7 +51,8 @@ def group_pairs(
     encoder: Encoder,
     *,
     splits: dict[bytes, str],
-    on_bad: OnBad | None = None,
+    left_out: LeftOut | None = None,
+    drop_bad: bool = False,
     given: str | None = None,
 ) -> tuple[Groups, Dropped]:
     """Pairs to prompt groups in the order of first appearance; pairs with a response too long are dropped, counted.
@@ -58,7 +61,8 @@ def group_pairs(
 
     Args:
         splits: `prompt_key` -> split.
-        on_bad: told of a pair that cannot be encoded (where, why, its row), which is then left out; None raises.
+        left_out: told of every pair that is left out.
+        drop_bad: a pair that cannot be encoded is left out too; otherwise it raises.
         given: rewards are read from the columns `given`_chosen and `given`_rejected.
 
     Raises:
@@ -68,7 +72,8 @@ def group_pairs(
     prompts, spooled = Spool(_PROMPT), Spool(_PAIR)
     number_of: dict[bytes, int] = {}  # by the text, and by the ids: texts may be the same to the model
     pairs_of: list[array[int]] = []
-    too_long = same = 0
+    left_out = LeftOut() if left_out is None else left_out
+    before = left_out.counts.copy()
     rewards = GivenRewards(given) if given is not None else None
     for pair in pairs:
         try:
@@ -98,15 +103,15 @@ def group_pairs(
                 for ids, values in zip((chosen, rejected), of_pair, strict=True):
                     rewards.check_same(response_key(prompt_ids, ids), values, pair.where)
         except DataError as error:
-            if on_bad is None:
+            if not drop_bad:
                 raise DataError(f"{pair.where}: {error}") from error
-            on_bad(pair.where, error, pair.row())
+            left_out.bad(pair.where, error, pair.row())
             continue
         if chosen is None or rejected is None:
-            too_long += 1
+            left_out.add("too long", pair.where, _too_long(chosen, rejected, encoder), pair.row())
             continue
         if chosen == rejected:
-            same += 1
+            left_out.add("same tokens", pair.where, _SAME_TOKENS, pair.row())
             continue
         sides = ((pair.chosen, chosen, of_pair[0]), (pair.rejected, rejected, of_pair[1]))
         made = [{"text": text_key(text), "ids": ids, "given": values} for text, ids, values in sides]
@@ -115,7 +120,8 @@ def group_pairs(
     heads, rows = prompts.rows(), spooled.rows()
     named, cuts = heads.column("split"), heads.column("cut")
     groups = View(kept, lambda number: _group(heads[number], [rows[i] for i in pairs_of[number]]))
-    dropped = Dropped(too_long, sum(cuts[number] > 0 for number in kept), same)
+    counts = left_out.counts - before
+    dropped = Dropped(counts["too long"], sum(cuts[number] > 0 for number in kept), counts["same tokens"])
     return Groups(groups, [named[number] for number in kept]), dropped
 
 
@@ -130,6 +136,14 @@ def _group(head: dict[str, Any], rows: list[dict[str, Any]]) -> PromptGroup:
         )
         group.pairs.append((first, second))
     return group
+
+
+def _too_long(chosen: Any, rejected: Any, encoder: Encoder) -> DataError:
+    named = " and ".join(repr(n) for n, ids in (("chosen", chosen), ("rejected", rejected)) if ids is None)
+    return DataError(
+        f"column {named}: more than {encoder.max_response_tokens} tokens with the end token; raise "
+        "dataset.max_response_tokens to use the row"
+    )
 
 
 def _check_ends(name: str, ids: Sequence[int], encoder: Encoder) -> None:

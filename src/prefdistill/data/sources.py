@@ -55,10 +55,10 @@ def read_rows(
             splits: all their rows are read.
         config_name: the configuration of a hub data set, where it has several.
         data_dir: the folder of a hub data set, where it keeps several in one repository.
-        on_bad_line: told of each row that its format leaves alone in its fault (where, why, what could be read of it or
-            None), which is then left out: a line of JSON Lines that is no object, an entry of a JSON list that is none,
-            an object that names a key twice, a CSV row with another number of fields than the header, a row of Parquet
-            with a value that Python cannot hold. None: the first stops the reading.
+        on_bad_line: told of each row that its format leaves alone in its fault (where, why, and what could be read of
+            it, of a broken line its text), which is then left out: a line of JSON Lines that is no object, an entry of
+            a JSON list that is none, an object that names a key twice, a CSV row with another number of fields than the
+            header, a row of Parquet with a value that Python cannot hold. None: the first stops the reading.
 
     Raises:
         DataError: the source does not exist, cannot be read, holds no rows, is not UTF-8, or breaks its own format.
@@ -189,7 +189,7 @@ def _jsonl_rows(path: Path, on_bad: OnBad) -> Rows:
         try:
             row = _parse(parser, line.rstrip("\r\n"), path, number)
         except DataError as error:
-            on_bad(where, error, None)
+            on_bad(where, error, line.rstrip("\r\n"))
             continue
         fault = parser.fault(row)
         if fault is None and not isinstance(row, dict):

@@ -7,21 +7,20 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import transformers
 
 from prefdistill import ranks
-from prefdistill.atomic import write_json, write_text
+from prefdistill.atomic import fresh_file, write_json
 from prefdistill.config import EMBEDDED_DATA
 from prefdistill.data.bias import biased_groups
 from prefdistill.data.checks import is_blank
 from prefdistill.data.formats import Pair, iter_pairs
 from prefdistill.data.group_files import read_groups, write_groups
 from prefdistill.data.grouping import Dropped, assign_splits, group_pairs
+from prefdistill.data.left_out import LeftOut
 from prefdistill.data.on_disk import Spool, View
-from prefdistill.data.sources import OnBad
 from prefdistill.data.table import SPLITS, Groups, PromptGroup, Response, add_drawn, in_memory
 from prefdistill.data.tree import Tree
 from prefdistill.errors import DataError
@@ -40,14 +39,17 @@ EMBEDDED_PAIRS = Path(__file__).parent.parent / "embedded" / "docstring_pairs.pa
 _PAIR = pa.schema([("prompt, chosen, rejected, where, extra", pa.string())])
 
 
-def read_pairs(run: Run) -> tuple[Sequence[Pair], list[dict[str, Any]]]:
+def read_pairs(run: Run) -> tuple[Sequence[Pair], LeftOut]:
     """The run's pairs, which need not fit into memory, and the rows left out under on_bad_row: drop.
 
     Nothing is written into the run directory.
+
+    Raises:
+        DataError: the source cannot be read, a row of it cannot be used under on_bad_row: stop, or none can be.
     """
     options = run.config.dataset
     source = str(EMBEDDED_PAIRS) if run.config.data == EMBEDDED_DATA else run.config.data
-    bad: list[dict[str, Any]] = []
+    left_out = LeftOut()
     spool = Spool(_PAIR)
     for pair in iter_pairs(
         source,
@@ -56,25 +58,24 @@ def read_pairs(run: Run) -> tuple[Sequence[Pair], list[dict[str, Any]]]:
         data_dir=options.data_dir,
         limit=options.limit,
         both_orders=options.both_orders,
-        on_bad_row=None if options.on_bad_row == "stop" else _into(bad),
+        on_bad_row=None if options.on_bad_row == "stop" else left_out.bad,
     ):
         parts = [pair.prompt, pair.chosen, pair.rejected, pair.where, pair.extra]
         spool.add({_PAIR.names[0]: json.dumps(parts, default=str)})
     rows = spool.rows()
     if not rows:
-        raise DataError(f"{source}: every row was dropped ({len(bad)}), the first because: {bad[0]['reason']}")
-    return View(rows, lambda row: Pair(*json.loads(row[_PAIR.names[0]]))), bad
+        raise DataError(
+            f"{source}: every row was dropped ({left_out.counts.total()}), the first because: {left_out.first}"
+        )
+    return View(rows, lambda row: Pair(*json.loads(row[_PAIR.names[0]]))), left_out
 
 
-def _into(bad: list[dict[str, Any]]) -> OnBad:
-    return lambda where, error, row: bad.append({"where": where, "reason": str(error)})
-
-
-def encode_pairs(run: Run, pairs: Sequence[Pair], bad: list[dict[str, Any]] | None = None) -> tuple[Groups, Dropped]:
+def encode_pairs(run: Run, pairs: Sequence[Pair], left_out: LeftOut | None = None) -> tuple[Groups, Dropped]:
     """The pairs encoded, split and grouped by prompt. Nothing is written.
 
     Args:
-        bad: gets the rows that cannot be encoded, under on_bad_row: drop.
+        left_out: gets the rows that are too long or of equal tokens, and, under on_bad_row: drop, those that cannot be
+            encoded.
 
     Raises:
         DataError: a row cannot be encoded, or a split that the run needs has no prompt.
@@ -85,9 +86,9 @@ def encode_pairs(run: Run, pairs: Sequence[Pair], bad: list[dict[str, Any]] | No
         fractions["judge"] = options.judge_fraction
     seed = run.config.seed if options.split_seed is None else options.split_seed
     splits = assign_splits(pairs, fractions, seed)
-    drop = None if options.on_bad_row == "stop" else _into([] if bad is None else bad)
     given = run.config.reward.given if run.config.needs_rewards else None
-    groups, dropped = group_pairs(pairs, run.encoder, splits=splits, on_bad=drop, given=given)
+    drop_bad = options.on_bad_row == "drop"
+    groups, dropped = group_pairs(pairs, run.encoder, splits=splits, left_out=left_out, drop_bad=drop_bad, given=given)
     groups = _at_most(groups, {s: getattr(options, f"max_{s}_prompts", None) for s in SPLITS})
     if options.rho is not None:
         groups = _biased(groups, options.rho, options.rho_pairs, run.config.seed)
@@ -115,8 +116,9 @@ def _counts(groups: Groups) -> dict[str, int]:
     return {s: groups.splits.count(s) for s in SPLITS}
 
 
-def make_data(run: Run, groups: Groups, dropped: Dropped, bad: list[dict[str, Any]]) -> tuple[list[Path], str]:
+def make_data(run: Run, groups: Groups, dropped: Dropped, left_out: LeftOut) -> tuple[list[Path], str]:
     """data/prompts.parquet and what was left out."""
+    bad = left_out.counts["bad"]
     counts = _counts(groups)
     pairs = 0
 
@@ -130,15 +132,18 @@ def make_data(run: Run, groups: Groups, dropped: Dropped, bad: list[dict[str, An
     said = (
         f"{pairs} pairs over {len(groups)} prompts ("
         + ", ".join(f"{n} {s}" for s, n in counts.items() if n)
-        + f"); left out: {dropped.pairs_too_long} too long, {dropped.same_tokens} with equal tokens, {len(bad)} bad "
+        + f"); left out: {dropped.pairs_too_long} too long, {dropped.same_tokens} with equal tokens, {bad} bad "
         f"rows; prompts cut: {dropped.prompts_cut}"
     )
-    facts = {"prompts": counts, "pairs": pairs, "bad_rows": len(bad)}
+    facts = {"prompts": counts, "pairs": pairs, "bad_rows": bad}
     write_json(run.root / "data" / "data.json", {**facts, **dataclasses.asdict(dropped)})
     outputs = [run.groups_path, run.root / "data" / "data.json"]
-    if bad:
-        outputs.append(run.root / "data" / "rejected.jsonl")
-        write_text(outputs[-1], "".join(json.dumps(b, ensure_ascii=False) + "\n" for b in bad))
+    rejected = run.root / "data" / "rejected.jsonl"
+    rejected.unlink(missing_ok=True)  # of other data or options
+    if left_out.counts:
+        with fresh_file(rejected) as part, part.open("w", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in left_out.lines())
+        outputs.append(rejected)
     return outputs, said
 
 
