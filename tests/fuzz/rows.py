@@ -1,9 +1,10 @@
 """`make fuzz N=100000`: files of mutated rows; nothing but our errors, and no row that is used has changed.
 
-Every input is a file of some rows: whole ones of every shape, of which some were mutated at random as values, and of
-which some lines were mutated as bytes. Each is read twice: stopping at the first bad row, which must raise `DataError`
-with the file's name or give every row; and dropping bad rows, where used and dropped rows must be the file's, in order.
-The text of every row that is used is compared with an independent reading of its line.
+Every input is a file of some rows (JSON Lines, a JSON list, CSV, Parquet): whole ones of every shape, of which some
+were mutated at random as values, and of which some lines were mutated as bytes. Each is read twice: stopping at the
+first bad row, which must raise `DataError` with the file's name or give every row; and dropping bad rows, where used
+and dropped rows must be the file's. The text of every row that is used is compared with an independent reading, or
+with what was written; bytes changed inside a Parquet file may be anything, so only its errors are looked at.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from prefdistill.data.formats import load_pairs
 from prefdistill.errors import DataError
@@ -109,43 +113,110 @@ def mutated(value: Any, draw: random.Random) -> Any:
     return draw.choice(VALUES)
 
 
-def jsonl(draw: random.Random) -> bytes:
-    lines = []
+# A file's bytes, and its rows by their numbers where they are known: those that cannot be read are None.
+Made = tuple[bytes, dict[int, Any] | None]
+
+
+def some_rows(draw: random.Random) -> list[Any]:
+    out: list[Any] = []
     for _ in range(draw.randrange(1, 6)):
         row: Any = whole_row(draw)
         if draw.random() < 0.5:
             for _ in range(draw.randrange(1, 3)):
                 row = mutated(row, draw)
-        if draw.random() < 0.1 and lines:
-            lines.append(draw.choice(lines))
-            continue
-        try:
-            line = json.dumps(row, ensure_ascii=draw.random() < 0.5).encode("utf-8", "surrogatepass")
-        except ValueError:
-            continue  # a number of too many digits
+        out.append(draw.choice(out) if draw.random() < 0.1 and out else row)
+    return out
+
+
+def damaged(content: bytes, draw: random.Random) -> bytes:
+    place = draw.randrange(len(content) + 1)
+    return content[:place] + draw.choice(BYTES) + content[place + draw.randrange(3) :]
+
+
+def json_lines(draw: random.Random) -> list[bytes]:
+    """A row each, of which some are broken."""
+    lines = []
+    for row in some_rows(draw):
+        line = json.dumps(row, ensure_ascii=draw.random() < 0.5).encode("utf-8", "surrogatepass")
         if draw.random() < 0.2:
-            place = draw.randrange(len(line) + 1)
-            line = line[:place] + draw.choice(BYTES) + line[place + draw.randrange(3) :]
+            line = damaged(line, draw)
         if draw.random() < 0.03:
             line = line[:-1] + b', "chosen": "twice"}'
         lines.append(line)
-    return draw.choice([b"\n", b"\n", b"\n\n", b"\r\n"]).join(lines) + draw.choice([b"\n", b""])
+    return lines
 
 
-def csv_file(draw: random.Random) -> bytes:
+def jsonl(draw: random.Random) -> Made:
+    lines = json_lines(draw)
+    content = draw.choice([b"\n", b"\n", b"\n\n", b"\r\n"]).join(lines) + draw.choice([b"\n", b""])
+    return content, read_lines(content)
+
+
+def read_lines(content: bytes) -> dict[int, Any] | None:
+    try:
+        lines = [line.decode("utf-8") for line in content.removeprefix(b"\xef\xbb\xbf").split(b"\n")]
+    except UnicodeDecodeError:
+        return None
+    return {number: read_json(line) for number, line in enumerate(lines, 1) if line.strip()}
+
+
+def read_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def json_list(draw: random.Random) -> Made:
+    listed = b"[" + draw.choice([b",", b", ", b",\n"]).join(json_lines(draw)) + b"]"
+    content = b'{"data": ' + listed + b"}" if draw.random() < 0.3 else listed
+    try:
+        read = read_json(content.decode("utf-8"))
+    except UnicodeDecodeError:
+        return content, None
+    listed_rows = read.get("data") if isinstance(read, dict) else read
+    return content, dict(enumerate(listed_rows, 1)) if isinstance(listed_rows, list) else None
+
+
+def csv_file(draw: random.Random) -> Made:
+    columns = ["prompt", "chosen", "rejected", "id"]
     out = io.StringIO()
     writer = csv.writer(out)
-    writer.writerow(["prompt", "chosen", "rejected", "id"])
+    writer.writerow(columns)
+    written = []
     for _ in range(draw.randrange(1, 5)):
-        row = [text(draw), text(draw), text(draw), draw.randrange(9)]
+        row = [text(draw), text(draw), text(draw), str(draw.randrange(9))]
         if draw.random() < 0.3:
             row = row[: draw.randrange(5)] + [draw.choice(["", "\x00", "a,b", '"'])] * draw.randrange(2)
         writer.writerow(row)
+        written.append(row)
     content = out.getvalue().encode()
     if draw.random() < 0.2:
-        place = draw.randrange(len(content))
-        content = content[:place] + draw.choice(BYTES) + content[place + draw.randrange(3) :]
-    return content
+        return damaged(content, draw), None
+    rows = [dict(zip(columns, row, strict=True)) if len(row) == 4 else None for row in written if row]
+    return content, dict(enumerate(rows, 1))
+
+
+def parquet(draw: random.Random) -> Made:
+    table = None
+    while table is None:
+        try:
+            table = pa.Table.from_pylist([row for row in some_rows(draw) if isinstance(row, dict)])
+            pq.write_table(table, out := io.BytesIO())
+        except (pa.ArrowException, ValueError, OverflowError, TypeError):
+            table = None  # columns of several types, or texts that are none
+    content = out.getvalue()
+    if draw.random() < 0.2:
+        return damaged(content, draw), None
+    return content, dict(enumerate(table.to_pylist(), 1))
+
+
+MAKERS = {
+    "pairs.jsonl": (jsonl, 6),
+    "pairs.json": (json_list, 2),
+    "pairs.csv": (csv_file, 1),
+    "pairs.parquet": (parquet, 1),
+}
 
 
 def strings(value: Any) -> list[str]:
@@ -163,7 +234,7 @@ def reading(path: Path, drop: Any) -> tuple[list[Any], DataError | None]:
         return [], error
 
 
-def check(path: Path, content: bytes) -> str:
+def check(path: Path, content: bytes, rows: dict[int, Any] | None) -> str:
     """Reads the file both ways; returns what came of it, or raises AssertionError."""
     path.write_bytes(content)
     dropped: list[str] = []
@@ -178,17 +249,14 @@ def check(path: Path, content: bytes) -> str:
     for error in filter(None, (fatal, refused)):
         assert str(path) in str(error), error
     assert (refused is not None) == (fatal is not None or bool(dropped)), "one reading sees a fault, the other none"
-    assert refused is not None or strict == kept
+    assert refused is not None or repr(strict) == repr(kept)  # NaN is not itself
     if fatal is not None:
         return "file refused"
-    if path.suffix == ".jsonl":
-        lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-        numbers = [i for i, line in enumerate(lines, 1) if line.decode("utf-8").strip()]
+    if rows is not None:
         places = sorted(int(w.rpartition(" ")[2]) for w in [*dropped, *(p.where for p in kept)])
-        assert places == numbers, "a row is neither used nor named"
+        assert places == sorted(rows), "a row is neither used nor named"
         for pair in kept:
-            row = json.loads(lines[int(pair.where.rpartition(" ")[2]) - 1])
-            unchanged(pair, row)
+            unchanged(pair, rows[int(pair.where.rpartition(" ")[2])])
     return "rows dropped" if dropped else "all used"
 
 
@@ -215,10 +283,11 @@ def fuzz(n: int, seed: int, folder: Path) -> Counter[str]:
     counts: Counter[str] = Counter()
     for i in range(n):
         draw = random.Random(f"{seed}-{i}")
-        make, name = (jsonl, "pairs.jsonl") if draw.random() < 0.8 else (csv_file, "pairs.csv")
-        content = make(draw)
+        name = draw.choices(list(MAKERS), [share for _, share in MAKERS.values()])[0]
+        content, rows = MAKERS[name][0](draw)
         try:
-            counts[check(folder / name, content)] += 1
+            counts[check(folder / name, content, rows)] += 1
+            counts[Path(name).suffix] += 1
         except Exception as error:
             saved = Path(f"fuzz-{seed}-{i}-{name}")
             saved.write_bytes(content)
@@ -234,7 +303,7 @@ def main() -> int:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         counts = fuzz(asked.inputs, asked.seed, Path(folder))
-    told = ", ".join(f"{what} {n:,}" for what, n in counts.most_common())
+    told = ", ".join(f"{what} {n:,}" for what, n in sorted(counts.items()))
     print(f"{asked.inputs:,} inputs, no exception but ours, no row changed ({told}; {time.monotonic() - began:.0f} s)")
     return 0
 

@@ -17,23 +17,27 @@ from prefdistill.errors import ConfigError
 USUAL = (0.2, 0.8)  # sizes are kept equal over at least this range, whatever --rho asks for
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
         prog="prefdistill bias",
         description="Writes one JSONL file for every rho, all with as many pairs: the most that every rho from 0.2 to "
         "0.8 allows without replacement, or --pairs.",
     )
-    parser.add_argument("--data", required=True, help="file, folder or hub id, in any shape that `run` reads")
-    parser.add_argument("--model", required=True, help="whose tokenizer counts a response's tokens")
-    parser.add_argument("--rho", required=True, help="fractions that prefer the longer response, e.g. 0.2,0.5,0.8")
-    parser.add_argument("--output-dir", type=Path, required=True, help="where rho-R.jsonl goes")
-    parser.add_argument("--pairs", type=int, help="pairs of every file")
-    parser.add_argument("--with-replacement", action="store_true", help="repeat pairs where there are too few")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--split", default="train", help="of a hub data set")
-    parser.add_argument("--config-name", help="of a hub data set")
-    parser.add_argument("--data-dir", help="of a hub data set, such as helpful-base of Anthropic/hh-rlhf")
-    options = parser.parse_args(argv)
+    made.add_argument("--data", required=True, help="file, folder or hub id, in any shape that `run` reads")
+    made.add_argument("--model", required=True, help="whose tokenizer counts a response's tokens")
+    made.add_argument("--rho", required=True, help="fractions that prefer the longer response, e.g. 0.2,0.5,0.8")
+    made.add_argument("--output-dir", type=Path, required=True, help="where rho-R.jsonl goes")
+    made.add_argument("--pairs", type=int, help="pairs of every file")
+    made.add_argument("--with-replacement", action="store_true", help="repeat pairs where there are too few")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--split", default="train", help="of a hub data set")
+    made.add_argument("--config-name", help="of a hub data set")
+    made.add_argument("--data-dir", help="of a hub data set, such as helpful-base of Anthropic/hh-rlhf")
+    return made
+
+
+def main(argv: list[str]) -> int:
+    options = parser().parse_args(argv)
 
     from prefdistill.data.bias import common_size, length_biased
     from prefdistill.data.formats import load_pairs

@@ -10,16 +10,20 @@ from typing import Any
 from prefdistill.errors import DataError
 
 
-def main(argv: list[str]) -> int:
-    """Exit status: 0 nothing is ill, 1 something is."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
         prog="prefdistill diagnose",
         description="Looks for degeneracy, over-conservatism, biased and weak reward models and rewards that "
         "extrapolate, from the columns of an evaluated run: no model is loaded. Exit status 1 if something is ill.",
     )
-    parser.add_argument("run", type=Path, help="a run directory")
-    parser.add_argument("--json", action="store_true", help="print the checks as JSON")
-    options = parser.parse_args(argv)
+    made.add_argument("run", type=Path, help="a run directory")
+    made.add_argument("--json", action="store_true", help="print the checks as JSON")
+    return made
+
+
+def main(argv: list[str]) -> int:
+    """Exit status: 0 nothing is ill, 1 something is."""
+    options = parser().parse_args(argv)
 
     from prefdistill.cli import opened
     from prefdistill.stages.diagnose import diagnose

@@ -45,9 +45,9 @@ QUICK_METHODS = ("dpo", "d-dpo", "e-dpo", "hull-dpo")
 QUICK_PROMPTS = {"max_train_prompts": 80, "max_test_prompts": 60}
 
 
-def main(argv: list[str]) -> int:
+def parser() -> argparse.ArgumentParser:
     names = "\n".join(f"  {name:<12} {e.does}" for name, e in EXPERIMENTS.items())
-    parser = argparse.ArgumentParser(
+    made = argparse.ArgumentParser(
         prog="prefdistill experiment",
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -55,13 +55,17 @@ def main(argv: list[str]) -> int:
         "they are labelled, and evaluates on unbiased prompts:\n\n"
         f"{names}\n\nEvery option of `prefdistill run` is an option here too.",
     )
-    parser.add_argument("name", choices=list(EXPERIMENTS))
-    parser.add_argument("--rhos", type=_rhos, help=f"fractions, e.g. 0.2,0.5,0.8; {AS_LABELLED} for all pairs")
-    parser.add_argument("--member-rhos", type=_rhos, help="further rho whose reward models join the ensemble")
-    parser.add_argument("--methods", type=_names, help="e.g. dpo,d-dpo,e-dpo; dpo must be among them")
-    parser.add_argument("--seeds", type=_whole, default=(0,), help="e.g. 0,1,2")
-    parser.add_argument("--quick", action="store_true", help="the ends of rho, four methods, fewer prompts")
-    options, rest = parser.parse_known_args(argv)
+    made.add_argument("name", choices=list(EXPERIMENTS))
+    made.add_argument("--rhos", type=_rhos, help=f"fractions, e.g. 0.2,0.5,0.8; {AS_LABELLED} for all pairs")
+    made.add_argument("--member-rhos", type=_rhos, help="further rho whose reward models join the ensemble")
+    made.add_argument("--methods", type=_names, help="e.g. dpo,d-dpo,e-dpo; dpo must be among them")
+    made.add_argument("--seeds", type=_whole, default=(0,), help="e.g. 0,1,2")
+    made.add_argument("--quick", action="store_true", help="the ends of rho, four methods, fewer prompts")
+    return made
+
+
+def main(argv: list[str]) -> int:
+    options, rest = parser().parse_known_args(argv)
 
     from prefdistill.cli import parse, quiet
     from prefdistill.experiments.comparison import METHODS, Comparison, run_comparison

@@ -16,27 +16,31 @@ VERSION = 1
 UNREAD_LIMIT = 0.2
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
         prog="prefdistill judge",
         description="Asks a language model behind an OpenAI-compatible endpoint which sample helps more, the policy's "
         "or the reference's, for the samples that an evaluated run has drawn; each pair in both orders. The key comes "
         "from OPENAI_API_KEY, the address from --base-url or OPENAI_BASE_URL. Writes "
         "evaluation/llm-judge.json, and the report with a section on it.",
     )
-    parser.add_argument("run", type=Path, help="a run directory that was evaluated")
-    parser.add_argument("--model", required=True, help="the judge's name at the endpoint")
-    parser.add_argument("--base-url", help="the endpoint, e.g. http://localhost:8000/v1 for a vLLM server")
-    parser.add_argument("--methods", help="a,b: only these methods of the run")
-    parser.add_argument("--prompts", type=int, help="only so many held-out prompts")
-    parser.add_argument("--workers", type=int, default=8, help="questions under way at a time")
-    parser.add_argument("--retries", type=int, default=6, help="tries of a request that the server refuses")
-    parser.add_argument("--timeout", type=float, default=60.0, help="seconds that a request may take")
-    parser.add_argument(
+    made.add_argument("run", type=Path, help="a run directory that was evaluated")
+    made.add_argument("--model", required=True, help="the judge's name at the endpoint")
+    made.add_argument("--base-url", help="the endpoint, e.g. http://localhost:8000/v1 for a vLLM server")
+    made.add_argument("--methods", help="a,b: only these methods of the run")
+    made.add_argument("--prompts", type=int, help="only so many held-out prompts")
+    made.add_argument("--workers", type=int, default=8, help="questions under way at a time")
+    made.add_argument("--retries", type=int, default=6, help="tries of a request that the server refuses")
+    made.add_argument("--timeout", type=float, default=60.0, help="seconds that a request may take")
+    made.add_argument(
         "--temperature", default="0", help="none leaves it to the server, for models that take no other than their own"
     )
-    parser.add_argument("--price", help="IN,OUT in dollars a million tokens: tells what it cost")
-    options = parser.parse_args(argv)
+    made.add_argument("--price", help="IN,OUT in dollars a million tokens: tells what it cost")
+    return made
+
+
+def main(argv: list[str]) -> int:
+    options = parser().parse_args(argv)
     price = _price(options.price)
     options.temperature = _temperature(options.temperature)
     for name, least in (("prompts", 1), ("workers", 1), ("retries", 0)):

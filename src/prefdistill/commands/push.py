@@ -10,18 +10,22 @@ from typing import Any
 from prefdistill.errors import ConfigError, DataError
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
         prog="prefdistill push",
         description="Writes README.md, a model card with data, method and figures, into a policy's folder. With --repo "
         "the folder is uploaded, by the token of `hf auth login` or HF_TOKEN.",
     )
-    parser.add_argument("run", type=Path, help="a run directory that was evaluated")
-    parser.add_argument("method", help="which of its policies")
-    parser.add_argument("--repo", help="a hub id, org/name; made if it is not there")
-    parser.add_argument("--private", action="store_true", help="make the repository private")
-    parser.add_argument("--license", help="a licence name of the hub, e.g. apache-2.0; it must suit model and data")
-    options = parser.parse_args(argv)
+    made.add_argument("run", type=Path, help="a run directory that was evaluated")
+    made.add_argument("method", help="which of its policies")
+    made.add_argument("--repo", help="a hub id, org/name; made if it is not there")
+    made.add_argument("--private", action="store_true", help="make the repository private")
+    made.add_argument("--license", help="a licence name of the hub, e.g. apache-2.0; it must suit model and data")
+    return made
+
+
+def main(argv: list[str]) -> int:
+    options = parser().parse_args(argv)
 
     from prefdistill.atomic import write_text
     from prefdistill.cli import opened_alone

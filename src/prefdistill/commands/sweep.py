@@ -16,23 +16,27 @@ from prefdistill.atomic import write_json, write_text
 from prefdistill.errors import ConfigError
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
         prog="prefdistill sweep",
         allow_abbrev=False,
         description="Trains variants of each method, compares them on the validation prompts, and evaluates the best "
         "of each method on the test prompts. Every option of `prefdistill run` is an option here too; with "
         "--distill.checkpoints N the judge chooses among N checkpoints of every variant.",
     )
-    parser.add_argument(
+    made.add_argument(
         "--grid", action="append", default=[], metavar="OPTION=A,B", help="values of an option of the distill section"
     )
-    parser.add_argument("--points", type=Path, help="a YAML list of points, e.g. - {method: e-dpo, beta: 0.2}")
-    parser.add_argument(
+    made.add_argument("--points", type=Path, help="a YAML list of points, e.g. - {method: e-dpo, beta: 0.2}")
+    made.add_argument(
         "--range", action="append", default=[], metavar="OPTION=LOW:HIGH", help="what --trials searches (optuna)"
     )
-    parser.add_argument("--trials", type=int, help="how many points of each method to search")
-    options, rest = parser.parse_known_args(argv)
+    made.add_argument("--trials", type=int, help="how many points of each method to search")
+    return made
+
+
+def main(argv: list[str]) -> int:
+    options, rest = parser().parse_known_args(argv)
 
     from prefdistill.cli import parse, quiet
     from prefdistill.experiments.search import corners, optuna_search

@@ -12,14 +12,18 @@ from prefdistill.atomic import write_json, write_text
 from prefdistill.errors import ConfigError
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
         prog="prefdistill theory", description="The paper's claims, exactly, in worlds of a few hundred responses."
     )
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/theory"), help="where the page goes")
-    parser.add_argument("--seed", type=int, default=0, help="of the worlds")
-    parser.add_argument("--json", action="store_true", help="print the numbers, write nothing")
-    options = parser.parse_args(argv)
+    made.add_argument("--output-dir", type=Path, default=Path("runs/theory"), help="where the page goes")
+    made.add_argument("--seed", type=int, default=0, help="of the worlds")
+    made.add_argument("--json", action="store_true", help="print the numbers, write nothing")
+    return made
+
+
+def main(argv: list[str]) -> int:
+    options = parser().parse_args(argv)
     if options.seed < 0:
         raise ConfigError(f"--seed is {options.seed}; it must not be negative")
 
