@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
 
@@ -22,7 +21,6 @@ from prefdistill.models.loading import load_policy
 from prefdistill.seals import SEAL, seal
 from prefdistill.stages import members, rewards
 from prefdistill.stages.run import Run
-from prefdistill.stopping import Terminated, stop_requests
 from prefdistill.training.callbacks import ProgressCallback
 from prefdistill.training.checkpoints import last_checkpoint
 from test_pipeline import data, model_folder, rows, small  # noqa: F401
@@ -303,31 +301,6 @@ def test_two_runs_into_one_directory(data, model_folder, tmp_path):  # noqa: F81
     assert not (out / ".holder.json").exists()
 
 
-@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_run_that_is_told_to_stop(sent, status, data, model_folder, tmp_path):  # noqa: F811
-    """A clean line and exit status, and the same command goes on to the end."""
-    out = tmp_path / "run"
-    config = small(data, model_folder, out, methods="[dpo]", **{"distill.epochs": 2000})
-    (tmp_path / "c.yaml").write_text(config.as_yaml())
-    command = [sys.executable, "-m", "prefdistill", "distill", str(tmp_path / "c.yaml")]
-    # A shell has its background jobs ignore SIGINT, and children inherit that: the tests may run in one.
-    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heard) as run:
-        for line in run.stderr:
-            if "distill:dpo" in line:
-                break
-        run.send_signal(sent)
-        said = run.stderr.read()
-        assert run.wait(timeout=120) == status
-    assert said.splitlines()[-1].endswith("the same command goes on")
-    assert "Traceback" not in said
-    assert not (out / ".holder.json").exists()
-    assert not (out / "policy").exists()
-    config.distill.epochs = 1
-    pipeline.run(config, until="distill")
-    assert (out / "policy" / "dpo" / "config.json").exists()
-
-
 @pytest.mark.parametrize("damaged", ["policy/dpo/model.safetensors", "data/prompts.parquet", "evaluation/summary.json"])
 def test_a_flipped_bit_in_what_is_done_is_found(damaged, data, model_folder, tmp_path, caplog):  # noqa: F811
     """The file is named, its stage runs again, and the run comes out as it was."""
@@ -414,50 +387,3 @@ def test_a_damaged_precision_is_measured_again(kept, data, model_folder, tmp_pat
     assert again.precision == chosen
     assert "precision.json is damaged" in capsys.readouterr().err
     assert json.loads((tmp_path / "run" / "precision.json").read_text()) == {"precision": chosen}
-
-
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_leaves_a_checkpoint(sent, data, model_folder, tmp_path, monkeypatch, capsys):  # noqa: F811
-    """Of the step under way, from which the same command goes on; the weights are those of a run nobody stopped."""
-    options = {"methods": "[d-dpo]", "distill.logging_steps": 50, "distill.save_steps": 50, "distill.epochs": 3}
-    whole, stopped = (small(data, model_folder, tmp_path / name, **options) for name in ("whole", "stopped"))
-    pipeline.run(whole, until="distill")
-    real, steps = ProgressCallback.on_step_end, []
-
-    def stop(self, args, state, control, **kwargs):
-        real(self, args, state, control, **kwargs)
-        steps.append(state.global_step)
-        if len(steps) == 3:
-            signal.raise_signal(sent)
-
-    monkeypatch.setattr(ProgressCallback, "on_step_end", stop)
-    before = {s: signal.signal(s, signal.default_int_handler) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        capsys.readouterr()
-        with pytest.raises(KeyboardInterrupt) as raised:
-            pipeline.run(stopped, until="distill")
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
-    assert isinstance(raised.value, Terminated) == (sent == signal.SIGTERM)
-    assert "stopping after this step, with a checkpoint" in capsys.readouterr().err
-    assert steps == [1, 2, 3]
-    pipeline.run(stopped, until="distill")
-    assert steps[3] == 4
-    weights = [(tmp_path / n / "policy" / "d-dpo" / "model.safetensors").read_bytes() for n in ("whole", "stopped")]
-    assert weights[0] == weights[1]
-    history = json.loads((tmp_path / "stopped" / "policy" / "d-dpo" / "history.json").read_text())
-    assert history[0]["step"] == 3, "a line of what was recorded until then"
-
-
-def test_the_second_signal_stops_at_once():
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with stop_requests() as request:
-            signal.raise_signal(signal.SIGTERM)
-            assert isinstance(request.reason, Terminated)
-            with pytest.raises(Terminated):
-                signal.raise_signal(signal.SIGTERM)
-        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -97,7 +98,9 @@ def test_two_processes_are_one(kind, launcher, trained):
 
 def flags_of_run(folder: Path, model: Path) -> list[str]:
     """Of a run in which every stage that processes share has several shards, batches and steps; writes its data."""
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows(40)), encoding="utf-8")
+    # What is chosen can be told, or a member would be calibrated to rewards of 0.
+    made = [{**r, "chosen": r["chosen"] + " red red", "rejected": r["rejected"] + " big big"} for r in rows(40)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in made), encoding="utf-8")
     options = {
         "data": folder / "pairs.jsonl",
         "model": model,
@@ -156,6 +159,7 @@ def test_columns_are_those_of_one_process(runs):
     for column in ("reference-logps", "rewards-0", "rewards-1"):
         one, two = columns(folder / "1", column, expected), columns(folder / "2", column, expected)
         assert list(one) == list(two)
+        assert np.std(list(one.values())) > 0.1
         assert len(one) == expected
         assert list(two.values()) == (
             list(one.values()) if column == "reference-logps" else pytest.approx(list(one.values()), rel=1e-4, abs=1e-4)
