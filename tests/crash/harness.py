@@ -3,7 +3,8 @@
 A tiny model goes through every stage, with members and a judge that are heads (the default) or adapters (LoRA). Of each
 kind one run is left alone. Others, of the kinds in turn, are killed, mostly several times each, at instants drawn over
 their whole length, until there were N kills. Then, for every run: the files that make its result are those of the
-undisturbed one of its kind to the byte, and no stage that the manifest called done before a kill ran again after it.
+undisturbed one of its kind to the byte, no half file is left, and no stage that the manifest called done before a kill
+ran again after it.
 """
 
 from __future__ import annotations
@@ -177,12 +178,13 @@ def crash(kills: int, seed: int, folder: Path, say=print, *, prompts: int = 40) 
                 done, own = done + 1, own + 1
                 struck[next((s for s in reversed(said) if s not in kept), "between") if said else "start-up"] += 1
         wrong = differences(whole.files, result_of(out))
-        left = [str(p.relative_to(out)) for p in out.rglob("*.part-*")]
+        left = [str(p.relative_to(out)) for form in ("*.part-*", "*.old-*", ".work/*") for p in out.rglob(form)]
         if wrong:
             say(f"run {run}, {own} kills: differs in {', '.join(wrong[:5])}")
             bad += own
         if left:
             say(f"run {run}: half files are left: {', '.join(left[:5])}")
+            bad += 1
         shutil.rmtree(out)
     say("kills by stage: " + ", ".join(f"{s} {n}" for s, n in struck.most_common()))
     say(f"{done} kills, {done - bad} identical ({run} runs, seed {seed})")
