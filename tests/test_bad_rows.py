@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,36 @@ def test_a_value_of_parquet_that_python_cannot_hold_costs_its_row(tmp_path: Path
     for (where, reason, _), n, column in zip(told, (2, 3), ("tag", "day"), strict=True):
         assert where == f"{tmp_path / 'a.parquet'}, row {n}"
         assert reason.startswith(f"{where}, column {column!r}: a value that cannot be read")
+
+
+def test_a_flipped_bit_takes_no_row_of_parquet_away(tmp_path: Path) -> None:
+    """Arrow reads a column with a damaged page as one without rows, and the others' rows go with it in silence."""
+    path, said = tmp_path / "pairs.parquet", []
+    pq.write_table(pa.Table.from_pylist([ROW | {"prompt": p} for p in "pqr"]), path)
+    whole = path.read_bytes()
+    draw = random.Random(0)
+    for place in range(len(whole)):
+        broken = bytearray(whole)
+        broken[place] ^= 1 << draw.randrange(8)
+        path.write_bytes(bytes(broken))
+        try:
+            kept, told = dropping(path)
+        except DataError as error:
+            said.append(str(error))
+        else:
+            assert len(kept) + len(told) == 3
+    assert all(str(path) in text for text in said)
+    assert any("of its 3 rows 0 could be read" in text for text in said)
+
+
+def test_a_flipped_bit_in_a_page_with_a_checksum_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.parquet"
+    table = pa.Table.from_pylist([ROW | {"prompt": "a prompt of some length"}])
+    pq.write_table(table, path, write_page_checksum=True, compression="none", use_dictionary=False)
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"of some", b"of sone"))
+    with pytest.raises(DataError, match=r"pairs\.parquet: cannot be read .*CRC checksum.*fetch it again whole"):
+        load_pairs(str(path))
 
 
 def test_what_is_told_of_other_rows(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from prefdistill.data.arrow_names import check_names
+from prefdistill.data.arrow_checks import check_names
 from prefdistill.errors import DataError
 
 Rows = Iterator[tuple[str, dict[str, Any]]]

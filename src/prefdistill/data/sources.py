@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
-from prefdistill.data.arrow_names import check_names
+from prefdistill.data.arrow_checks import check_count, check_names
 from prefdistill.data.datasets_rows import hub_rows, is_saved, saved_rows
 from prefdistill.data.json_text import Parser, is_object
 from prefdistill.errors import DataError
@@ -298,7 +298,7 @@ def _parquet_rows(path: Path, on_bad: OnBad) -> Rows:
 
     number = 0
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
             check_names(file.schema_arrow, str(path))
             for batch in file.iter_batches(batch_size=_BATCH_ROWS):
                 for row, fault in _batch_rows(batch):
@@ -308,6 +308,7 @@ def _parquet_rows(path: Path, on_bad: OnBad) -> Rows:
                         yield where, row
                     else:
                         on_bad(where, DataError(f"{where}, {fault}"), row)
+            check_count(number, file)
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise DataError(
             f"{path}: not valid Parquet after row {number} ({error}). Write or fetch the file again."

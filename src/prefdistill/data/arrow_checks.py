@@ -1,4 +1,4 @@
-"""Names in a table of Arrow's: two columns of one name become one entry of a row, of which only the last would stay."""
+"""What Arrow's readers pass over: two columns of one name, of which the last alone would stay, and rows lost."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from prefdistill.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 
 def check_names(schema: pa.Schema, file: str) -> None:
@@ -30,6 +31,18 @@ def check_names(schema: pa.Schema, file: str) -> None:
                 f"{file}, column {column.name!r}: its objects have two fields with the name {field!r}. Rename or "
                 "leave out one of them."
             )
+
+
+def check_count(rows: int, file: pq.ParquetFile) -> None:
+    """Refuses a file of which fewer rows were read than it has: a damaged column ends the others' batches with its own.
+
+    Raises:
+        pa.ArrowInvalid: as for other damage.
+    """
+    if rows != file.metadata.num_rows:
+        import pyarrow as pa
+
+        raise pa.ArrowInvalid(f"of its {file.metadata.num_rows} rows {rows} could be read")
 
 
 def _field_twice(kind: pa.DataType) -> str | None:
