@@ -10,6 +10,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -53,13 +54,10 @@ def trainings(folder: Path) -> list[Row]:
 
 
 def scored(runs: dict[int, Path]) -> list[Row]:
-    """Columns of the data's and the reference's responses: each row once, in the same order.
-
-    Of the members the second: the first is calibrated to nothing, since it is wrong on the held-out pairs.
-    """
+    """Columns of the data's and the reference's responses: each row once, in the same order."""
     expected = sum(map(len, pq.read_table(runs[1] / "data" / "sampled.parquet")["responses"].to_pylist()))
     rows: list[Row] = []
-    for column in ("reference-logps", "rewards-1"):
+    for column in ("reference-logps", "rewards-0", "rewards-1"):
         one, two = (processes.columns(run, column, expected) for run in runs.values())
         assert list(one) == list(two)
         assert len(one) == expected
@@ -69,14 +67,19 @@ def scored(runs: dict[int, Path]) -> list[Row]:
 
 
 def sharded(run: Path, folder: Path) -> list[Row]:
-    """examples/distributed.py with examples/accelerate/fsdp2.yaml."""
+    """examples/distributed.py with examples/accelerate/fsdp2.yaml, and zero3.yaml where deepspeed is installed."""
     rows = []
     for rank, what in ((0, "all weights"), (16, "an adapter")):
         copy = processes.with_rank(run, folder / f"rank-{rank}", rank)
         processes.example(1, copy, folder / f"one-{rank}")
         assert "sharded: 50%" in processes.sharded_example(copy, folder / f"two-{rank}")
-        logs = (processes.log_of(folder / f"{n}-{rank}") for n in ("one", "two"))
-        rows.append(of_curves(f"FSDP2 of accelerate, e-DPO, {what}", "accelerate launch", *logs))
+        if find_spec("deepspeed"):
+            processes.zero3_example(copy, folder / f"zero3-{rank}")
+        one = processes.log_of(folder / f"one-{rank}")
+        for kind, made in (("FSDP2 of accelerate", "two"), ("ZeRO-3 of DeepSpeed", "zero3")):
+            if (folder / f"{made}-{rank}").exists():
+                log = processes.log_of(folder / f"{made}-{rank}")
+                rows.append(of_curves(f"{kind}, e-DPO, {what}", "accelerate launch", one, log))
     return rows
 
 
