@@ -16,6 +16,7 @@ import transformers
 from prefdistill import RunConfig, pipeline
 from prefdistill.cli import main, parse
 from prefdistill.errors import ConfigError, DataError
+from prefdistill.stages import prepare
 from prefdistill.training.callbacks import ProgressCallback
 from tiny_models import tiny
 from tiny_tokenizers import gpt2
@@ -233,6 +234,30 @@ def test_bad_data_stops_with_2_and_nothing_is_written(tmp_path, model_folder, ca
         assert all(w in said for w in words), (kind, said)
         assert "Traceback" not in said
         assert not out.exists(), kind
+
+
+def test_rows_are_read_again_only_where_they_changed(data, model_folder, tmp_path, monkeypatch, capsys):
+    out, read = tmp_path / "run", []
+    real = prepare.read_pairs
+    monkeypatch.setattr(prepare, "read_pairs", lambda run: read.append(1) or real(run))
+    config = small(data, model_folder, out, methods="[dpo]")
+    pipeline.run(config, until="data")
+    pipeline.run(config, until="distill")
+    assert "left in all" in capsys.readouterr().err  # the time is told from the rows that were kept
+    pipeline.run(config, until="distill")
+    assert "nothing to do" in capsys.readouterr().err
+    assert len(read) == 1
+    kept = (out / "data" / "prompts.parquet").read_bytes()
+    (out / "data" / "prompts.parquet").write_bytes(kept[:-9])
+    pipeline.run(config, until="data")
+    assert (out / "data" / "prompts.parquet").read_bytes() == kept
+    assert len(read) == 2
+    data.write_text(data.read_text() + '{"prompt": "p", "chosen": " ", "rejected": "b"}\n')
+    with pytest.raises(DataError, match="row 31"):
+        pipeline.run(config, until="distill")
+    config.dataset.on_bad_row = "drop"
+    pipeline.run(config, until="data")
+    assert len(read) == 4
 
 
 def test_bad_rows_can_be_dropped(tmp_path, model_folder):

@@ -1,64 +1,35 @@
-"""The stages of a run, in order: which are done, which go on, how long is left."""
+"""A run: which of its stages are done, which go on, how long is left."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from prefdistill import ranks
 from prefdistill.atomic import remove_unfinished
 from prefdistill.config import RunConfig
-from prefdistill.data.group_files import TABLE_FORMAT
+from prefdistill.data.group_files import read_groups
 from prefdistill.data.table import Groups
 from prefdistill.errors import ConfigError
 from prefdistill.evaluation.engine import check_vllm
-from prefdistill.evaluation.judges import is_oracle, load_oracle, oracle_fingerprint
+from prefdistill.evaluation.judges import is_oracle, load_oracle
 from prefdistill.lock import HOLDER, LOCK, held
-from prefdistill.manifest import Manifest, StageRecord, file_fingerprint, fingerprint_of
+from prefdistill.manifest import Manifest, StageRecord, fingerprint_of
 from prefdistill.models.adapter_folders import is_adapter
 from prefdistill.models.loading import check_classifier, load_config, reads_text_pairs
 from prefdistill.models.precision import forward_seconds
 from prefdistill.models.quantise import check_4bit
+from prefdistill.plan import Stage, data_options, plan
 from prefdistill.progress import on_terminal, silent
-from prefdistill.scoring import model_fingerprint
-from prefdistill.stages import distill, draw, evaluate, members, prepare, reference, report, rewards
+from prefdistill.stages import prepare
 from prefdistill.stages.encoders import encoder_of
 from prefdistill.stages.run import Run
 from prefdistill.training.trackers import check_trackers
-
-Outcome = tuple[list[Path], str]
-
-# Work of a stage in passes over the training tokens, for the time left: a training step costs three forwards.
-TRAIN_PASSES = 3.0
-SAMPLE_PASSES = 2.0
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A stage: what it hangs on, how much work it is, and what does it.
-
-    Attributes:
-        name: as in the manifest.
-        does: said when it starts.
-        options: the options that its result hangs on.
-        after: stages whose results it reads.
-        cost: work in passes over the training tokens.
-        work: given the stage's fingerprint; returns the files it wrote and a line to say.
-        alone: whether the first of several processes does it while the others wait; they take part in the others.
-    """
-
-    name: str
-    does: str
-    options: Any
-    after: tuple[str, ...]
-    cost: float
-    work: Callable[[str], Outcome]
-    alone: bool = False
 
 
 def run(config: RunConfig, *, until: str | None = None) -> Path:
@@ -87,18 +58,25 @@ def run(config: RunConfig, *, until: str | None = None) -> Path:
             check_4bit(option, job.device)
         # Bad data or a model that is not there must stop the run before its directory exists.
         _check_models(job)
-        pairs, left_out = prepare.read_pairs(job)
-        source = _data_fingerprint(config, job)
-        groups, dropped = prepare.encode_pairs(job, pairs, left_out)
+        options = data_options(job)
+        encoded = functools.cache(lambda: prepare.encoded(job))
+        ranks.from_main(_read_if_new, job, options, encoded)
         ranks.from_main(lambda: stack.enter_context(held(job.root)))
         ranks.from_main(remove_unfinished, job.root, job.is_shared)
-        return _run(job, until, lambda: prepare.make_data(job, groups, dropped, left_out), source, groups)
+        return _run(job, until, encoded, options)
 
 
-def _run(job: Run, until: str | None, make_data: Callable[[], Outcome], source: str, groups: Groups) -> Path:
+def _read_if_new(job: Run, options: list[Any], encoded: Callable[[], prepare.Encoded]) -> None:
+    """Reads and encodes the rows, unless the stage `data` was done from the same rows and options."""
+    record = Manifest(job.root).stages.get("data")
+    if record is None or record.fingerprint != fingerprint_of("data", options, []):
+        encoded()
+
+
+def _run(job: Run, until: str | None, encoded: Callable[[], prepare.Encoded], options: list[Any]) -> Path:
     """What is missing of the stages, by processes of which the first holds the directory."""
     manifest = Manifest(job.root)
-    stages = plan(job, manifest, make_data, source)
+    stages = plan(job, manifest, lambda: prepare.make_data(job, *encoded()), options)
     stages = _up_to(stages, until, job)
     prints: dict[str, str] = {}
     for stage in stages:
@@ -112,7 +90,10 @@ def _run(job: Run, until: str | None, make_data: Callable[[], Outcome], source: 
         _say(f"nothing to do: all {len(stages)} stages of {job.root} are done")
         return job.root
     began, spent, worked = time.monotonic(), 0.0, 0.0
-    guess = _seconds_a_pass(job, groups.of("train"))
+    guess = None
+    if ranks.is_main():
+        groups = encoded()[0] if todo[0].name == "data" else read_groups(job.groups_path)
+        guess = _seconds_a_pass(job, groups.of("train"))
     for number, stage in enumerate(stages, start=1):
         if stage not in todo:
             _say(f"[{number}/{len(stages)}] {stage.name}: done before")
@@ -141,173 +122,6 @@ def _work(stage: Stage, fingerprint: str, manifest: Manifest) -> float:
         return seconds
 
     return ranks.from_main(finish)
-
-
-def plan(job: Run, manifest: Manifest, make_data: Callable[[], Outcome], source: str) -> list[Stage]:
-    """The stages of this run in order; each stage's options are all that its result hangs on."""
-    config = job.config
-    common = {"seed": config.seed, "precision": config.precision} | ({"compile": True} if config.compile else {})
-    tokens = {"tokenizer": job.tokenizer_fingerprint, "ends": job.generation_end_ids}
-    stages = [
-        Stage(
-            "data",
-            f"reading, encoding and splitting {config.data}",
-            [TABLE_FORMAT, asdict(config.dataset), source, tokens, config.seed, config.evaluate.judge == "heldout"]
-            + ([config.reward.given] if config.reward.given and config.needs_rewards else []),
-            (),
-            0.1,
-            lambda _: make_data(),
-            alone=True,
-        )
-    ]
-    model = model_fingerprint(config.model)
-    if job.makes_start:
-        sft = config.sft
-        stages.append(
-            Stage(
-                "start",
-                "supervised start" if sft.enabled else "putting the starting policy into a folder",
-                [model, asdict(sft), common] if sft.enabled else [model],
-                ("data",) if sft.enabled else (),
-                TRAIN_PASSES * sft.epochs if sft.enabled else 0.5,
-                lambda fingerprint: prepare.make_start(job, fingerprint),
-            )
-        )
-    base = ["data", "start"]
-    if config.reference_samples:
-        stages.append(
-            Stage(
-                "sample",
-                f"{config.reference_samples} responses of the reference for each training prompt",
-                [config.reference_samples, config.sample.max_new_tokens, common, model, *_engine(config)],
-                tuple(base),
-                SAMPLE_PASSES,
-                lambda fingerprint: prepare.make_samples(job, fingerprint),
-            )
-        )
-        base.append("sample")
-    stages.append(
-        Stage(
-            "reference",
-            "log-probs of every response under the reference, once",
-            [model, common, reference.uses_features(job), config.score.columns, *(["nf4"] * config.policies_in_4bit)],
-            tuple(base),
-            1.5 * (1 + config.policies_in_4bit),
-            lambda _: reference.make_reference(job),
-        )
-    )
-    reward = asdict(config.reward)
-    # Ready reward models are scored, not trained: another list of them leaves the members as they are.
-    training = {name: value for name, value in reward.items() if name not in ("pretrained", "given")}
-    training["models"] = [model_fingerprint(name) for name in config.reward.models]
-    pretrained = [model_fingerprint(name) for name in config.reward.pretrained]
-    judged_by = config.evaluate.judge
-    if is_oracle(judged_by):
-        judged_by += " " + oracle_fingerprint(judged_by)
-    elif judged_by != "heldout":
-        judged_by = model_fingerprint(judged_by)
-    trained = 0.2 if config.reward.hold == "head" else (TRAIN_PASSES + 1) * config.reward.epochs
-    if config.needs_rewards and config.reward.members:
-        stages.append(
-            Stage(
-                "reward",
-                f"training {config.reward.members} reward models",
-                [training, common],
-                ("reference",),
-                trained * config.reward.members,
-                lambda fingerprint: members.make_members(job, fingerprint),
-            )
-        )
-    if config.needs_rewards:
-        stages.append(
-            Stage(
-                "score",
-                "rewards of every response by every member, once",
-                [pretrained, common, config.score.columns],
-                ("reference", "reward"),
-                0.1 if config.reward.hold == "head" else 1.5 * config.reward.members,
-                lambda _: rewards.make_rewards(job),
-            )
-        )
-    if config.evaluate.judge == "heldout":
-        stages.append(
-            Stage(
-                "judge",
-                "training the judge on pairs of its own",
-                [training, common],
-                ("reference",),
-                trained,
-                lambda fingerprint: members.make_judge(job, fingerprint),
-            )
-        )
-    for method in config.methods:
-        stages.append(_distillation(job, method, common, judged_by))
-    for method in ["reference", *config.methods]:
-        stages.append(_drawing(job, method, common))
-    stages += [
-        Stage(
-            job.evaluates,
-            "scores, log-probs and statistics",
-            [asdict(config.evaluate), judged_by, common, config.methods],
-            ("data", "reference", "score", "judge", *(f"{job.evaluates}:{m}" for m in ["reference", *config.methods])),
-            0.5 * (1 + len(config.methods)),
-            lambda _: evaluate.summarise(job),
-            alone=True,
-        ),
-        Stage(
-            job.report_path.stem,
-            "writing the report",
-            [],
-            (job.evaluates,),
-            0.1,
-            lambda _: report.make_report(job, manifest),
-            alone=True,
-        ),
-    ]
-    return stages
-
-
-def _distillation(job: Run, method: str, common: dict[str, Any], judged_by: str) -> Stage:
-    config = job.config
-    own = config.distill.of(method)
-    hangs_on: list[Any] = [config.distill.method_of(method), asdict(own), common]
-    after: tuple[str, ...] = ("reference", "score") if config.row(method).needs_rewards else ("reference",)
-    cost, does = TRAIN_PASSES * own.epochs, f"training the policy with {method}"
-    if own.checkpoints > 1:
-        does += f", the best of {own.checkpoints} checkpoints on validation prompts"
-        hangs_on += [*_sampling(config), judged_by]
-        after += ("judge",)
-        cost += 0.5 * SAMPLE_PASSES * own.checkpoints
-    return Stage(
-        f"distill:{method}",
-        does,
-        hangs_on,
-        after,
-        cost,
-        lambda fingerprint: distill.train_policy(job, method, fingerprint),
-    )
-
-
-def _sampling(config: RunConfig) -> list[Any]:
-    """What samples hang on besides the policy and the prompts."""
-    e = config.evaluate
-    return [e.samples, e.max_new_tokens, e.temperature, e.top_p, *_engine(config)]
-
-
-def _engine(config: RunConfig) -> list[Any]:
-    """What draws: another engine, or one with other arguments, draws other samples."""
-    return [] if config.sample.engine == "own" else [config.sample.engine, config.sample.engine_arguments]
-
-
-def _drawing(job: Run, method: str, common: dict[str, Any]) -> Stage:
-    return Stage(
-        f"{job.evaluates}:{method}",
-        f"sampling from {method} on held-out prompts",
-        [job.config.evaluate.split, *_sampling(job.config), common],
-        ("data", "reference" if method == "reference" else f"distill:{method}"),
-        SAMPLE_PASSES * (2 if method == "reference" else 1) * 0.5,
-        lambda fingerprint: draw.draw(job, method, fingerprint),
-    )
 
 
 def _up_to(stages: list[Stage], until: str | None, job: Run) -> list[Stage]:
@@ -375,11 +189,6 @@ def _check_models(job: Run) -> None:
                 f"reward.models: {name!r} is an encoder, on which no member can be trained here; give a causal model, "
                 "or a ready encoder in reward.pretrained"
             )
-
-
-def _data_fingerprint(config: RunConfig, job: Run) -> str:
-    path = prepare.EMBEDDED_PAIRS if config.data == "embedded" else Path(config.data).expanduser()
-    return file_fingerprint(path) if path.exists() else fingerprint_of(config.data, config.dataset.split)
 
 
 def _seconds_a_pass(job: Run, groups: Groups) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -14,6 +15,18 @@ from prefdistill.errors import ConfigError
 from prefdistill.models.loading import load_policy, new_classifier, plain_folder
 
 BLOCK = 64  # weights that share a scale
+
+
+@functools.cache
+def reads_back(width: int, device: torch.device) -> bool:
+    """Whether rows of this many weights come back from NF4 on a device: bitsandbytes has several codes for CPUs.
+
+    Blocks of one number each are kept by NF4 exactly, unless a block is given the scale of another.
+    """
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    weight = torch.arange(1.0, width + 1, device=device).repeat_interleave(BLOCK).view(BLOCK, width)
+    return torch.equal(dequantize_4bit(*quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4")), weight)
 
 
 def check_4bit(option: str, device: torch.device) -> None:
@@ -94,17 +107,19 @@ def _usable(model: nn.Module, name: str, device: torch.device) -> nn.Module:
     with no gradient for what comes before, and in a form that cannot be written out.
 
     Raises:
-        ConfigError: on a CPU, rows that are not whole blocks, which bitsandbytes (0.50) rounds to something else.
+        ConfigError: rows that are not whole blocks, which bitsandbytes (0.50, its own code for CPUs) reads back as
+            something else.
     """
     from bitsandbytes.nn import Linear4bit
 
     for layer, module in model.named_modules():
         if not isinstance(module, Linear4bit):
             continue
-        if device.type == "cpu" and module.in_features % BLOCK:
+        if not reads_back(module.in_features, device):
             raise ConfigError(
-                f"the model {name!r} cannot be used in 4 bits on a CPU: its layer {layer} reads {module.in_features} "
-                f"numbers, which is no multiple of {BLOCK}; leave load_in_4bit off, or use a GPU"
+                f"the model {name!r} cannot be used in 4 bits on this machine: its layer {layer} reads "
+                f"{module.in_features} numbers, which is no multiple of {BLOCK}, and bitsandbytes garbles such rows on "
+                f"its {device.type}; leave load_in_4bit off, or use a GPU"
             )
         module.support_avx512bf16_for_cpu = False
     return model

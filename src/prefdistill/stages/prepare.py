@@ -36,6 +36,7 @@ from prefdistill.training.sft import SFTTrainer
 EMBEDDED_PAIRS = Path(__file__).parent.parent / "embedded" / "docstring_pairs.parquet"
 
 
+Encoded = tuple[Groups, Dropped, LeftOut]
 _PAIR = pa.schema([("prompt, chosen, rejected, where, extra", pa.string())])
 
 
@@ -114,6 +115,13 @@ def _biased(groups: Groups, rho: float, pairs: int | None, seed: int) -> Groups:
 
 def _counts(groups: Groups) -> dict[str, int]:
     return {s: groups.splits.count(s) for s in SPLITS}
+
+
+def encoded(run: Run) -> Encoded:
+    """The run's pairs, read and encoded; what was left out of them. Nothing is written; raises as its two steps do."""
+    pairs, left_out = read_pairs(run)
+    groups, dropped = encode_pairs(run, pairs, left_out)
+    return groups, dropped, left_out
 
 
 def make_data(run: Run, groups: Groups, dropped: Dropped, left_out: LeftOut) -> tuple[list[Path], str]:
