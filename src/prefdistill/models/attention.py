@@ -33,7 +33,7 @@ class Block:
     Attributes:
         first, middle: of the prompt that a response goes on from; empty for the prompt's own queries.
         own: where the queries' own prompt or responses begin.
-        hidden: [queries, n], True = unseen: over the last n of the keys, all before them are seen.
+        hidden: [queries, 1, n], added to scores over the last n of the keys: -inf = unseen. All before them are seen.
     """
 
     start: int
@@ -43,17 +43,27 @@ class Block:
     own: int
     hidden: Tensor
 
-    def of(self, x: Tensor) -> Tensor:
-        """The keys' part of [heads, tokens, d]."""
-        own = x[:, self.own : self.stop]
-        return own if self.first == self.middle else torch.cat([x[:, self.first : self.middle], own], 1)
+    def rows(self, x: Tensor) -> Tensor:
+        """The queries' part of [tokens, key heads, query heads of each, d]: [key heads, queries * query heads, d]."""
+        return x[self.start : self.stop].transpose(0, 1).flatten(1, 2)
+
+    def put(self, x: Tensor, rows: Tensor) -> None:
+        """Puts what `rows` took, or took of another x, into its place."""
+        x[self.start : self.stop] = rows.unflatten(1, (self.stop - self.start, -1)).transpose(0, 1)
+
+    def keys(self, x: Tensor) -> Tensor:
+        """The keys' part of [tokens, key heads, d]: [key heads, keys, d], in one piece as products want it."""
+        own = x[self.own : self.stop]
+        part = own if self.first == self.middle else torch.cat([x[self.first : self.middle], own])
+        return part.transpose(0, 1).contiguous()
 
     def add_to(self, total: Tensor, part: Tensor) -> None:
-        """Adds what `of` took, [heads, keys, d], to its places in [heads, tokens, d]."""
+        """Adds what `keys` took to its places in [tokens, key heads, d]."""
         before = self.middle - self.first
+        part = part.transpose(0, 1)
         if before:
-            total[:, self.first : self.middle] += part[:, :before]
-        total[:, self.own : self.stop] += part[:, before:]
+            total[self.first : self.middle] += part[:before]
+        total[self.own : self.stop] += part[before:]
 
 
 def blocks_of(places: Sequence[Place], *, window: int | None = None, device: Any = None) -> list[Block]:
@@ -97,7 +107,9 @@ def _blocks(start: int, lengths: Sequence[int], before: int, root: int, window: 
             hidden = torch.cat([query - torch.arange(before)[None] >= window, hidden | (query - key >= window)], 1)
         elif len(lengths) == 1:
             hidden = hidden[:, a:]  # all earlier keys are seen
-        found.append(Block(start + a, start + b, root, root + before, start, hidden))
+        # bfloat16 holds both numbers, and adding costs a third of filling (masked_fill_) on a CPU.
+        bias = torch.zeros(hidden.shape, dtype=torch.bfloat16).masked_fill_(hidden, float("-inf"))
+        found.append(Block(start + a, start + b, root, root + before, start, bias[:, None]))
     return found
 
 
@@ -154,38 +166,36 @@ def attend(
     for name in ("softcap", "s_aux", "position_bias", "cache"):
         if kwargs.get(name) is not None:
             raise ValueError(f"attention over packed trees does not know {name}")
-    heads, tokens, width = query.shape[1:]
     groups = key.shape[1]
-    scale = width**-0.5 if scaling is None else scaling
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
     with torch.autocast(kind, enabled=False):  # the backward pass has none either
-        q = (query[0].to(dtype) * scale).view(groups, heads // groups, tokens, width)
-        k, v = key[0].to(dtype), value[0].to(dtype)
+        q = (query[0].to(dtype) * scale).transpose(0, 1).unflatten(1, (groups, -1))
+        k, v = key[0].transpose(0, 1).to(dtype), value[0].transpose(0, 1).to(dtype)
         out = _with_dropout(q, k, v, blocks, dropout) if dropout > 0 else _Attention.apply(q, k, v, blocks)
-    return out.reshape(heads, tokens, value.shape[-1]).transpose(0, 1).unsqueeze(0), None
+    return out.flatten(1, 2).unsqueeze(0), None
 
 
 def _probabilities(q: Tensor, k: Tensor, hidden: Tensor) -> Tensor:
-    """[key heads, query heads of each * queries, keys] from q [key heads, query heads of each, queries, d]."""
-    groups, share, n, width = q.shape
-    scores = q.reshape(groups, share * n, width) @ k.transpose(1, 2)
-    seen = scores.shape[2] - hidden.shape[1]
-    scores.view(groups, share, n, -1)[..., seen:].masked_fill_(hidden, float("-inf"))
+    """[key heads, queries * query heads of each, keys] from q [key heads, queries * query heads of each, d]."""
+    scores = q @ k.transpose(1, 2)
+    seen = scores.shape[2] - hidden.shape[2]
+    scores.unflatten(1, (len(hidden), -1))[..., seen:].add_(hidden)
     return scores.softmax(-1)
 
 
 class _Attention(torch.autograd.Function):
-    """softmax(q k') v by blocks; only q, k and v are kept for the backward pass."""
+    """softmax(q k') v by blocks; only q, k and v are kept for the backward pass.
+
+    q is [tokens, key heads, query heads of each, d], k and v are [tokens, key heads, d].
+    """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: list[Block]) -> Tensor:
         out = q.new_empty((*q.shape[:3], v.shape[2]))
         for block in blocks:
-            rows = slice(block.start, block.stop)
-            p = _probabilities(q[:, :, rows], block.of(k), block.hidden)
-            part = out[:, :, rows]
-            part.copy_((p @ block.of(v)).view_as(part))
+            block.put(out, _probabilities(block.rows(q), block.keys(k), block.hidden) @ block.keys(v))
         ctx.save_for_backward(q, k, v)
         ctx.blocks = blocks
         return out
@@ -196,25 +206,21 @@ class _Attention(torch.autograd.Function):
         sums = torch.float64 if q.dtype == torch.float64 else torch.float32
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=sums), torch.zeros_like(v, dtype=sums)
         for block in ctx.blocks:
-            part = q[:, :, block.start : block.stop]
-            flat = part.reshape(part.shape[0], -1, part.shape[3])
-            g = grad[:, :, block.start : block.stop].reshape(*flat.shape[:2], v.shape[2])
-            keys, values = block.of(k), block.of(v)
+            part, g, keys, values = block.rows(q), block.rows(grad), block.keys(k), block.keys(v)
             p = _probabilities(part, keys, block.hidden)
             block.add_to(dv, p.transpose(1, 2) @ g)
             ds = torch._softmax_backward_data(g @ values.transpose(1, 2), p, -1, p.dtype)
-            dq[:, :, block.start : block.stop] = (ds @ keys).view_as(part)
-            block.add_to(dk, ds.transpose(1, 2) @ flat)
+            block.put(dq, ds @ keys)
+            block.add_to(dk, ds.transpose(1, 2) @ part)
         return dq, dk.to(k.dtype), dv.to(v.dtype), None
 
 
 def _with_dropout(q: Tensor, k: Tensor, v: Tensor, blocks: list[Block], rate: float) -> Tensor:
     parts = []
     for block in blocks:
-        part = q[:, :, block.start : block.stop]
-        p = nn.functional.dropout(_probabilities(part, block.of(k), block.hidden), rate)
-        parts.append((p @ block.of(v)).view(*part.shape[:3], v.shape[2]))
-    return torch.cat(parts, 2)
+        p = nn.functional.dropout(_probabilities(block.rows(q), block.keys(k), block.hidden), rate)
+        parts.append((p @ block.keys(v)).unflatten(1, (block.stop - block.start, -1)).transpose(0, 1))
+    return torch.cat(parts)
 
 
 # Blocks stand in the row's order, one after the other: what `_with_dropout` puts together is the row.
