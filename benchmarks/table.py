@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from benchmarks.growth import growth_lines
 from prefdistill.report.canvas import FAINT, INK, drawn, label_of, new_figure
-
-SHORTFALLS = Path(__file__).parent / "shortfalls.md"  # written by hand, after looking at the table
 
 
 def reached(row: Mapping[str, Any]) -> bool:
@@ -24,8 +21,8 @@ def _short_of(row: Mapping[str, Any]) -> str:
     return "" if asked is None or row["memory"]["ratio"] >= asked else f", {row['memory_target']:g}x missed"
 
 
-def markdown(results: Mapping[str, Any], *, picture: str) -> str:
-    """RESULTS.md: a row a comparison, with what it was measured on."""
+def markdown(results: Mapping[str, Any], *, picture: str, remarks: str = "") -> str:
+    """RESULTS.md: a row a comparison, with what it was measured on; remarks are Markdown for its end."""
 
     def line(*cells: str) -> str:
         return "| " + " | ".join(cells) + " |"
@@ -63,7 +60,7 @@ def markdown(results: Mapping[str, Any], *, picture: str) -> str:
         )
     if results["growth"]:
         out += ["", *growth_lines(results["growth"])]
-    return "\n".join(out) + "\n\n" + SHORTFALLS.read_text(encoding="utf-8")
+    return "\n".join(out) + "\n" + (f"\n{remarks}" if remarks else "")
 
 
 @drawn
