@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from prefdistill.data.tree import Tree
 from prefdistill.errors import ConfigError
@@ -180,3 +181,39 @@ def test_an_adapter_that_cannot_be_read_is_named(members, tmp_path):
     classifiers.load(members[0])
     with pytest.raises(ConfigError, match=r"member\.1"):
         classifiers.load(members[1])
+
+
+def rewrite(folder, change) -> None:
+    file = f"{folder}/adapter_model.safetensors"
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def test_an_adapter_without_its_head_is_refused(members):
+    """PEFT leaves a head that is not there as it was drawn, and says nothing: rewards would be random numbers."""
+    for k in (0, 1):
+        rewrite(members[k], lambda weights: weights.pop("base_model.model.score.weight"))
+    classifiers = Classifiers()
+    with pytest.raises(ConfigError, match=r"member\.0' lacks 1 weights, such as score\.weight"):
+        classifiers.load(members[0])
+    classifiers.load(members[2])
+    with pytest.raises(ConfigError, match=r"member\.1' lacks 1 weights"):  # on a base that is there
+        classifiers.load(members[1])
+    torch.testing.assert_close(rewards(classifiers.load(members[2])), truth(members[2]), atol=1e-5, rtol=1e-4)
+
+
+def test_an_adapter_with_more_labels_is_refused(members):
+    rewrite(members[0], lambda weights: weights.update({"base_model.model.score.weight": torch.randn(2, 32)}))
+    with pytest.raises(ConfigError, match=r"score\.weight of shape \(2, 32\).* exactly 1 label"):
+        Classifiers().load(members[0])
+
+
+def test_an_adapter_that_leaves_its_head_to_the_base_is_refused(members, tmp_path):
+    """PEFT cannot load one."""
+    made = tiny("llama", classifier=True, num_hidden_layers=2)
+    save_model(made, letters_tokenizer(), tmp_path / "ready")
+    model = peft.get_peft_model(made, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    save_adapter(model, letters_tokenizer(), tmp_path / "on ready", str(tmp_path / "ready"))
+    with pytest.raises(ConfigError, match=r"on ready' cannot be loaded .*score\.weight"):
+        Classifiers().load(str(tmp_path / "on ready"))

@@ -105,6 +105,23 @@ def test_the_command_writes_one_file_a_rho(data, model_folder, tmp_path, capsys)
     assert again == first["0.8"]
 
 
+def test_a_rows_own_columns_take_no_texts_place(model_folder, tmp_path):  # noqa: F811
+    """A TL;DR comparison may have a column that is called as a text of ours."""
+    path, out = tmp_path / "tldr.jsonl", tmp_path / "biased"
+    info = {"subreddit": "r", "title": "t", "post": "p"}
+    texts = [{"text": "a much longer summary"}, {"text": "short"}]
+    made = [{"info": info | {"post": f"post {i}"}, "summaries": texts, "choice": i % 2} for i in range(12)]
+    made = [row | {"prompt": "their own", "chosen": "column", "n": i} for i, row in enumerate(made)]
+    path.write_text("".join(json.dumps(r) + "\n" for r in made), encoding="utf-8")
+    args = ["bias", "--data", str(path), "--model", str(model_folder), "--output-dir", str(out), "--rho", "0.5"]
+    assert main(args) == 0
+    found = [json.loads(line) for line in (out / "rho-0.5.jsonl").open()]
+    assert {r["n"] for r in found} == set(range(12))
+    for row in found:
+        assert f"post {row['n']}" in row["prompt"]
+        assert row["chosen"].strip() == texts[row["n"] % 2]["text"]
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [

@@ -65,6 +65,8 @@ class Server:
                     self.reply(200, b"<html>")
                 elif fault == "no choices":
                     self.reply(200, completion(None) | {"choices": []})
+                elif fault in SHAPES:
+                    self.reply(200, json.dumps(completion("") | SHAPES[fault]).encode())
                 elif fault == "no preference":
                     self.reply(200, completion("Both are fine."))
                 else:
@@ -118,6 +120,19 @@ def run_folder(evaluated, tmp_path):
     return Path(shutil.copytree(evaluated, tmp_path / "run"))
 
 
+# Answers that are JSON, and nothing that an endpoint should give.
+SHAPES = {
+    "empty choice": {"choices": [{}]},
+    "null choice": {"choices": [None]},
+    "choices no list": {"choices": {"a": 1}},
+    "null message": {"choices": [{"index": 0, "message": None}]},
+    "message a text": {"choices": [{"index": 0, "message": "Preferred: A"}]},
+    "content a list": {"choices": [{"index": 0, "message": {"content": [{"type": "text", "text": "Preferred: A"}]}}]},
+    "usage a list": {"choices": [], "usage": [1]},
+    "usage of texts": {"choices": [], "usage": {"prompt_tokens": "many", "completion_tokens": None}},
+}
+
+
 def responses(content):
     return [re.search(rf"<response {x} \w+>\n(.*?)\n</response {x}", content, re.DOTALL)[1] for x in "AB"]
 
@@ -149,6 +164,7 @@ EXPECTED = ["B", "B", "B", "tie", "A", "A"]
         ["slow", "slow"],
         ["no choices", "no json"],
         [429, "slow", 500, "no preference", 502, "no choices"],
+        *([shape] for shape in SHAPES),
     ],
     ids=str,
 )
@@ -163,6 +179,31 @@ def test_faults_change_no_answer(faults, tmp_path):
         assert again == answers
         assert len(server.seen) == asked, "a second run asks nothing"
         assert "secret-key" not in cache.path.read_text()
+
+
+@pytest.mark.parametrize("broken", [b"\xff\xfe", b'"verdict": "C"', b'"prompt_tokens": null', b'"prompt_tokens": -1'])
+def test_a_broken_line_of_the_cache_is_asked_again(broken, tmp_path, caplog):
+    with Server() as server:
+        cache = Cache(tmp_path / "cache.jsonl", Model("judge"))
+        ask_all(client(server.url), QUESTIONS[:1], cache)
+        written, name = cache.path.read_bytes(), broken.partition(b":")[0]
+        start = written.index(name) if b":" in broken else 20
+        length = len(re.match(rb'"\w+": ("\w+"|\d+)|..', written[start:])[0])
+        cache.path.write_bytes(written[:start] + broken + written[start + length :])
+        again = Cache(cache.path, Model("judge"))
+        assert not again.answers
+        assert "line 1 is broken" in caplog.text
+        assert [a.verdict for a in ask_all(client(server.url), QUESTIONS[:1], again)] == EXPECTED[:1]
+
+
+@pytest.mark.parametrize("place", ["//user:pa@ss@127.0.0.1", "?api_key=pa-ss"])
+def test_an_error_tells_no_secret(place, tmp_path):
+    with Server([(401, "secret-key is no key")] * 9) as server:
+        url = server.url.replace("//127.0.0.1", place) if place.startswith("//") else server.url + place
+        with pytest.raises(DataError, match="does not answer") as raised:
+            ask_all(client(url), QUESTIONS[:1], Cache(tmp_path / "cache.jsonl", Model("judge")))
+        assert not re.search("secret-key|pa.?ss|user", str(raised.value)), str(raised.value)
+        assert "127.0.0.1" in str(raised.value)
 
 
 def test_another_model_is_asked_itself(tmp_path):

@@ -55,12 +55,13 @@ def test_a_configuration_that_is_none(text, said, tmp_path):
         "distill: {per_method: {dpo: {class_path: evil_module.X}}}",
     ],
 )
-def test_a_configuration_imports_nothing(text, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("given", ["FILE", "--config FILE", "--config=FILE", "--distill FILE", "--distill=FILE"])
+def test_a_configuration_imports_nothing(text, given, tmp_path, monkeypatch, capsys):
     """The parser imported the module of a class_path before it said that no class was asked for."""
     (tmp_path / "evil_module.py").write_text("")
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "c.yaml").write_text(text)
-    assert main(["config", str(tmp_path / "c.yaml")]) == 2
+    assert main(["config", *given.replace("FILE", str(tmp_path / "c.yaml")).split()]) == 2
     assert "evil_module" not in sys.modules
     assert "class_path, which no option takes" in capsys.readouterr().err
 

@@ -16,6 +16,7 @@ import transformers
 from prefdistill import RunConfig, pipeline
 from prefdistill.cli import main, parse
 from prefdistill.errors import ConfigError, DataError
+from prefdistill.manifest import Manifest
 from prefdistill.stages import prepare
 from prefdistill.training.callbacks import ProgressCallback
 from tiny_models import tiny
@@ -260,6 +261,41 @@ def test_rows_are_read_again_only_where_they_changed(data, model_folder, tmp_pat
     assert len(read) == 4
 
 
+def test_a_training_that_was_not_yet_written_down_is_not_repeated(data, model_folder, tmp_path, monkeypatch):
+    config = small(data, model_folder, tmp_path / "run", methods="[dpo]")
+    step_end, finish, steps, ends = ProgressCallback.on_step_end, Manifest.finish, [], []
+
+    def count(self, args, state, *rest, **more):
+        steps.append(state.global_step)
+        step_end(self, args, state, *rest, **more)
+
+    def stop(self, stage, *rest):
+        if stage == "distill:dpo" and not ends:
+            ends.append(stage)
+            raise KeyboardInterrupt
+        finish(self, stage, *rest)
+
+    monkeypatch.setattr(ProgressCallback, "on_step_end", count)
+    monkeypatch.setattr(Manifest, "finish", stop)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(config, until="distill")
+    taken = list(steps)
+    assert taken == list(range(1, len(taken) + 1))
+    pipeline.run(config, until="distill")
+    assert steps == taken
+    assert not list((tmp_path / "run" / ".work").iterdir())
+
+
+def test_what_a_killed_process_left_of_a_finished_stage_goes(data, model_folder, tmp_path):
+    config = small(data, model_folder, tmp_path / "run", methods="[dpo]")
+    pipeline.run(config, until="distill")
+    record = Manifest(tmp_path / "run").stages["distill:dpo"]
+    left = tmp_path / "run" / ".work" / f"distill-dpo-{record.fingerprint[:12]}" / "checkpoint-1"
+    left.mkdir(parents=True)
+    pipeline.run(config, until="distill")
+    assert not left.parent.exists()
+
+
 def test_bad_rows_can_be_dropped(tmp_path, model_folder):
     path = tmp_path / "pairs.jsonl"
     lines = [json.dumps(r) for r in rows()]
@@ -284,6 +320,16 @@ def test_bad_rows_can_be_dropped(tmp_path, model_folder):
         (["--dataset.test_fraction", "0.9"], ["fraction"]),
         (["--distill.per_method", "{dpo: {learning_rate: fast}}"], ["per_method.dpo.learning_rate", "fast"]),
         (["--distill.training_arguments", "{nonsense: 1}"], ["nonsense", "TrainingArguments"]),
+        *(
+            (["--distill.training_arguments", f"{{{n}: 1}}"], [f"'{n}'", "leave it out"])
+            for n in ("output_dir", "seed")
+        ),
+        (["--distill.training_arguments", "{save_only_model: true}"], ["save_only_model", "goes on from them"]),
+        (["--distill.per_method", "{dpo: {training_arguments: {save_steps: 5}}}"], ["dpo", "is distill.save_steps"]),
+        *(
+            ([f"--{o}", ".nan"], [o, "nan"])
+            for o in ("evaluate.temperature", "distill.warmup_fraction", "evaluate.top_p")
+        ),
         (["--distill.label_smoothing", "0.7"], ["label_smoothing"]),
         (["--distill.reward_scale", "0"], ["reward_scale"]),
         (["--distill.learning_rate", "-1"], ["distill.learning_rate"]),

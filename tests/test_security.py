@@ -98,6 +98,10 @@ def test_pickled_weights_of_an_adapter_are_not_read(load, pickled, model_folder,
         (["--distill.per_method", "{dpo: {training_arguments: {hub_token: x}}}"], "per_method.dpo"),
         (["--sample.engine", "vllm", "--sample.engine_arguments", "{hf_token: x}"], "'hf_token'"),
         (
+            ["--sample.engine", "vllm", "--sample.engine_arguments", "{a: [1, {api-key: x}]}"],
+            "engine_arguments.a has 'api-key'",
+        ),
+        (
             ["--sample.engine", "vllm", "--sample.engine_arguments", "{a: {api_key: x}}"],
             "engine_arguments.a has 'api_key'",
         ),

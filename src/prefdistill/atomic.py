@@ -20,13 +20,18 @@ def _beside(path: Path, kind: str = "part") -> Path:
     return path.with_name(f".{path.name}.{kind}-{os.getpid()}-{secrets.token_hex(4)}")
 
 
+def is_unfinished(path: Path) -> bool:
+    """Whether somebody writes this file or folder now, or was killed while they did."""
+    return _UNFINISHED.fullmatch(path.name) is not None
+
+
 def remove_unfinished(root: Path, but: Callable[[Path], bool]) -> None:
     """Removes what killed processes left half-written anywhere in a folder that this process alone writes into.
 
     Args:
         but: whether a path may be another's, who is writing it now.
     """
-    for left in [p for p in root.rglob(".*") if _UNFINISHED.fullmatch(p.name) and not but(p)]:
+    for left in [p for p in root.rglob(".*") if is_unfinished(p) and not but(p)]:
         shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
 
@@ -41,9 +46,9 @@ def fresh_file(path: Path, name: Callable[[Path], Path] | None = None) -> Iterat
     part = _beside(path)
     try:
         yield part
-        with part.open("rb") as written:
-            os.fsync(written.fileno())
+        _on_disk(part)
         os.replace(part, path if name is None else name(part))
+        _on_disk(path.parent)
     finally:
         part.unlink(missing_ok=True)
 
@@ -56,6 +61,8 @@ def fresh_folder(path: Path) -> Iterator[Path]:
     part.mkdir()
     try:
         yield part
+        for written in [*part.rglob("*"), part]:
+            _on_disk(written)
         if path.exists():
             old = _beside(path, "old")
             os.replace(path, old)
@@ -63,8 +70,20 @@ def fresh_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             os.replace(part, path)
+        _on_disk(path.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _on_disk(path: Path) -> None:
+    """Waits until a file, or the names in a folder, would outlive a power cut."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -129,8 +130,13 @@ def parse(command: str, argv: list[str]) -> Any:
     if argv and not argv[0].startswith("-"):
         if not os.path.isfile(argv[0]):
             raise ConfigError(f"the configuration file {argv[0]} does not exist; give a YAML file, or flags alone")
-        _check_file(Path(argv[0]))
         argv = ["--config", *argv]
+    # A section's option takes a file with its options too.
+    sections = [f.name for f in fields(RunConfig) if is_dataclass(f.default_factory)]
+    for option, value in zip(argv, [*argv[1:], ""], strict=True):
+        name, given, inline = option.removeprefix("--").partition("=")
+        if name in ("config", *sections) and os.path.isfile(file := inline if given else value):
+            _check_file(Path(file))
     parser = ArgumentParser(prog=f"prefdistill {command}", description=COMMANDS[command], exit_on_error=False)
     parser.add_argument("--config", action="config", help="a YAML file with these options")
     parser.add_class_arguments(RunConfig, as_group=False)

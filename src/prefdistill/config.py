@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
 
 import transformers
 import yaml
@@ -14,6 +11,7 @@ import yaml
 from prefdistill.data.bias import RESAMPLES
 from prefdistill.errors import ConfigError
 from prefdistill.models.loading import EMBEDDED_MODEL, EMBEDDED_POLICY
+from prefdistill.option_checks import RUNS_OWN, check_no_secret, check_not_blank, check_type, check_variant
 from prefdistill.options import (
     DatasetOptions,
     DistillOptions,
@@ -117,9 +115,9 @@ class RunConfig:
 
     def check(self) -> None:
         """Raises ConfigError, naming the option, for values that no run can use."""
-        _check_not_blank(self)
+        check_not_blank(self)
         for method, own in self.distill.per_method.items():
-            _check_variant(method, own)
+            check_variant(method, own)
         self._check_values()
         for method, own in self.distill.per_method.items():
             try:
@@ -190,7 +188,7 @@ class RunConfig:
             ("evaluate.shown", self.evaluate.shown, 0),
         ]
         for name, number, least in at_least:
-            if number < least:
+            if not number >= least:  # NaN too
                 raise ConfigError(f"{name} is {number}; it must be at least {least}")
         positive = [
             ("distill.beta", self.distill.beta),
@@ -215,7 +213,7 @@ class RunConfig:
             ("reward.fraction", self.reward.fraction, 1.0),
         ]
         for name, share, most in at_most:
-            if share > most:
+            if not share <= most:
                 raise ConfigError(f"{name} is {share}; it must be at most {most:g}")
         if not 0 <= self.distill.label_smoothing < 0.5:
             raise ConfigError(f"distill.label_smoothing is {self.distill.label_smoothing}; it must lie in [0, 0.5)")
@@ -235,7 +233,7 @@ class RunConfig:
             for name in own.keys() - {"method"}:
                 if name not in known:
                     raise ConfigError(f"distill.per_method.{method} has an unknown option {name!r}")
-                _check_type(
+                check_type(
                     f"distill.per_method.{method}.{name}", own[name], known[name], getattr(DistillOptions(), name)
                 )
         named = {f.name for f in fields(transformers.TrainingArguments)}
@@ -244,8 +242,10 @@ class RunConfig:
                 raise ConfigError(
                     f"distill.training_arguments has {name!r}, which transformers.TrainingArguments does not know"
                 )
-        _check_no_secret("distill.training_arguments", self.distill.training_arguments)
-        _check_no_secret("sample.engine_arguments", self.sample.engine_arguments)
+            if name in RUNS_OWN:
+                raise ConfigError(f"distill.training_arguments has {name!r}; {RUNS_OWN[name]}, so leave it out")
+        check_no_secret("distill.training_arguments", self.distill.training_arguments)
+        check_no_secret("sample.engine_arguments", self.sample.engine_arguments)
         self._check_adapters()
         if "model" in self.sample.engine_arguments:
             raise ConfigError(
@@ -317,81 +317,6 @@ class RunConfig:
         from prefdistill.atomic import write_text
 
         write_text(path, self.as_yaml())
-
-
-def _check_not_blank(options: Any, inside: str = "") -> None:
-    """Raises ConfigError for an option that was left blank, which YAML reads as null, where it must have a value."""
-    for option in fields(options):
-        value, name = getattr(options, option.name), inside + option.name
-        if value is None and "None" not in str(option.type):
-            raise ConfigError(f"{name} has no value; give it one, or leave its line out for the usual one")
-        if is_dataclass(value):
-            _check_not_blank(value, f"{name}.")
-
-
-# Names of variants become folders, files and rows of tables.
-_VARIANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]{0,99}")
-
-
-def _check_variant(name: str, own: dict[str, Any]) -> None:
-    where = f"distill.per_method.{name}"
-    if not isinstance(own, dict):
-        raise ConfigError(f"{where} is {own!r}; it must be a mapping of options")
-    if "method" not in own:
-        if name not in METHODS:
-            raise ConfigError(
-                f"{where}: {name!r} is no method ({', '.join(METHODS)}); a variant must say whose it is, e.g. "
-                "{method: e-dpo, beta: 0.2}"
-            )
-        return
-    if name in METHODS or name == "reference" or not _VARIANT.fullmatch(name):
-        raise ConfigError(
-            f"{where} has `method`, so its name must be one of your own: letters, digits and . _ = , + - only, and no "
-            "name of a method"
-        )
-    method_named(own["method"])
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return _is_whole(value) or isinstance(value, float)
-
-
-# What the types of DistillOptions let in.
-_FITS: dict[str, Callable[[Any], bool]] = {
-    "str": lambda v: isinstance(v, str),
-    "bool": lambda v: isinstance(v, bool),
-    "int": _is_whole,
-    "float": _is_number,
-    "float | None": lambda v: v is None or _is_number(v),
-    "list[int] | None": lambda v: v is None or (isinstance(v, list) and all(map(_is_whole, v))),
-    "dict[str, Any]": lambda v: isinstance(v, dict),
-}
-_LIKE = {"float | None": "like a number", "list[int] | None": "a list of whole numbers such as [0, 1], or null"}
-
-
-_SECRET = re.compile(r"(^|_)(token|key|secret|password|passwd|credentials?)$", re.IGNORECASE)
-
-
-def _check_no_secret(option: str, given: Mapping[str, Any]) -> None:
-    """Raises ConfigError where an argument is a secret by its name: options are written into files and the report."""
-    for name, value in given.items():
-        if _SECRET.search(str(name)) and value is not None:
-            raise ConfigError(
-                f"{option} has {name!r}, a secret by its name, and options are written into the run directory and the "
-                "report; leave it out and set it in the environment (HF_TOKEN for Hugging Face)"
-            )
-        if isinstance(value, Mapping):
-            _check_no_secret(f"{option}.{name}", value)
-
-
-def _check_type(name: str, value: Any, kind: str, usual: Any) -> None:
-    """Raises ConfigError for a text where a number belongs, and the like."""
-    if not _FITS[kind](value):
-        raise ConfigError(f"{name} is {value!r}; it must be {_LIKE.get(kind, f'like {usual!r}')}")
 
 
 __all__ = ["EMBEDDED_DATA", "EMBEDDED_MODEL", "RunConfig"]

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prefdistill.atomic import write_json
+from prefdistill.atomic import is_unfinished, write_json
 from prefdistill.errors import DataError
 from prefdistill.seals import checksum
 
@@ -85,11 +85,17 @@ class Manifest:
     def finish(self, stage: str, record: StageRecord, outputs: list[Path]) -> None:
         for output in outputs:
             for file in sorted(output.rglob("*")) if output.is_dir() else [output]:
-                if file.is_file():
-                    # Columns that runs share lie elsewhere and stand with their absolute path.
-                    own = self.root in file.parents
-                    path = file.relative_to(self.root).as_posix() if own else str(file.resolve())
+                if not file.is_file() or is_unfinished(file):
+                    continue
+                # Columns that runs share lie elsewhere and stand with their absolute path.
+                own = self.root in file.parents
+                path = file.relative_to(self.root).as_posix() if own else str(file.resolve())
+                try:
                     record.outputs[path] = {"bytes": file.stat().st_size, "blake2b": checksum(file)}
+                except FileNotFoundError:
+                    if own:
+                        raise
+                    continue  # another run of those that share it has removed it: it was stale
         self.stages[stage] = record
         self.write()
 

@@ -85,6 +85,8 @@ def _run(job: Run, until: str | None, encoded: Callable[[], prepare.Encoded], op
     if ranks.count() > 1:
         job.precision = ranks.from_main(lambda: job.precision)  # measured once, for all
     done = ranks.from_main(lambda: [s.name for s in stages if manifest.is_done(s.name, prints[s.name])])
+    for name in done:
+        ranks.from_main(job.remove_work, prints[name])  # of a process that was killed before it could
     todo = [s for s in stages if s.name not in done]
     if not todo:
         _say(f"nothing to do: all {len(stages)} stages of {job.root} are done")
@@ -103,13 +105,13 @@ def _run(job: Run, until: str | None, encoded: Callable[[], prepare.Encoded], op
         a_pass = spent / worked if worked > 1 else guess
         left = f", about {_minutes(a_pass * rest)} left in all" if a_pass else ""
         _say(f"[{number}/{len(stages)}] {stage.name}: {stage.does}{left}")
-        seconds = _work(stage, prints[stage.name], manifest)
+        seconds = _work(stage, prints[stage.name], manifest, job)
         spent, worked = spent + seconds, worked + stage.cost
     _say(f"done in {_minutes(time.monotonic() - began)}: {job.root}")
     return job.root
 
 
-def _work(stage: Stage, fingerprint: str, manifest: Manifest) -> float:
+def _work(stage: Stage, fingerprint: str, manifest: Manifest, job: Run) -> float:
     """Does a stage and writes it down; returns its seconds."""
     start = time.monotonic()
     found = None if stage.alone else stage.work(fingerprint)
@@ -118,6 +120,7 @@ def _work(stage: Stage, fingerprint: str, manifest: Manifest) -> float:
         outputs, said = stage.work(fingerprint) if found is None else found
         seconds = time.monotonic() - start
         manifest.finish(stage.name, StageRecord(fingerprint, round(seconds, 2), stage.cost, said=said), outputs)
+        job.remove_work(fingerprint)
         _say(f"    {said} ({_minutes(seconds)})")
         return seconds
 

@@ -64,14 +64,16 @@ class Column:
 
     def refresh(self) -> None:
         """Reads the shards that others have written since."""
-        for shard in sorted(set(self.folder.glob("shard-*.parquet")) - self._known):
+        for shard in sorted(set(self.folder.glob("shard-[0-9]*.parquet")) - self._known):
             self._known.add(shard)
-            self.next = max(self.next, int(shard.stem.split("-")[1]) + 1)
-            if not is_as_named(shard):
-                self._stale.append(shard)
-                continue
             try:
+                self.next = max(self.next, int(shard.stem.split("-")[1]) + 1)
+                if not is_as_named(shard):
+                    self._stale.append(shard)
+                    continue
                 found = _read_shard(shard, self.fingerprint)
+            except FileNotFoundError:
+                continue  # stale, and another process was quicker to remove it
             except (pa.ArrowException, LookupError, OSError, TypeError, ValueError) as error:
                 logger.warning("%s is no shard of a column (%s); what it held is computed again", shard, error)
                 found = None

@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
     )
     for rho, drawn in weights.items():
         path = options.output_dir / f"rho-{rho:g}.jsonl"
-        rows = [_row(pair) for pair, weight in zip(pairs, drawn.tolist(), strict=True) for _ in range(weight)]
+        rows = [pair.row() for pair, weight in zip(pairs, drawn.tolist(), strict=True) for _ in range(weight)]
         write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         print(f"{path}: {len(rows)} pairs, {int(drawn[signs > 0].sum()) / len(rows):.3f} prefer the longer response")
     return 0
@@ -78,10 +78,6 @@ def token_signs(encoder: Any, pairs: Sequence[Any]) -> np.ndarray:
         return len(encoder.response_ids(prompt, response))
 
     return np.array([np.sign(length(p.prompt, p.chosen) - length(p.prompt, p.rejected)) for p in pairs], dtype=np.int64)
-
-
-def _row(pair: Any) -> dict[str, Any]:
-    return {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected, **pair.extra}
 
 
 def _fractions(text: str) -> tuple[float, ...]:

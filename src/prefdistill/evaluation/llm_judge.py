@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit, urlunsplit
 
 import numpy as np
 
@@ -86,6 +87,18 @@ class Answer:
     completion_tokens: int = 0
 
 
+def _checked(answer: Answer) -> Answer:
+    """The answer itself.
+
+    Raises:
+        ValueError: it is none that could have been given.
+    """
+    counts = (answer.prompt_tokens, answer.completion_tokens)
+    if answer.verdict not in (None, "A", "B", "tie") or not all(type(n) is int and n >= 0 for n in counts):
+        raise ValueError(f"no answer: {answer}")
+    return answer
+
+
 def read_verdict(text: str | None) -> Verdict | None:
     """The preference that the last line of its kind names."""
     found = _PREFERRED.findall(text or "")
@@ -116,10 +129,10 @@ class Cache:
         self.answers: dict[str, Answer] = {}
         self._lock = threading.Lock()
         if path.exists():
-            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            for number, line in enumerate(path.read_bytes().splitlines(), start=1):
                 try:
                     written = json.loads(line)
-                    self.answers[written["key"]] = Answer(**written["answer"])
+                    self.answers[written["key"]] = _checked(Answer(**written["answer"]))
                 except (ValueError, KeyError, TypeError):
                     logger.warning("%s, line %d is broken; it is asked again", path, number)
 
@@ -169,11 +182,9 @@ def ask_all(
                 if not left:
                     raise
                 continue  # a proxy's page in place of an answer
-            usage = getattr(reply, "usage", None)
-            sent += int(getattr(usage, "prompt_tokens", 0) or 0)
-            received += int(getattr(usage, "completion_tokens", 0) or 0)
-            choices = getattr(reply, "choices", None) or []
-            verdict = read_verdict(choices[0].message.content) if choices else None
+            sent += _tokens(reply, "prompt_tokens")
+            received += _tokens(reply, "completion_tokens")
+            verdict = read_verdict(_text_of(reply))
             if verdict is not None:
                 break
         return Answer(verdict, sent, received)
@@ -188,6 +199,8 @@ def ask_all(
         _in_threads(ask, missing, keep, workers)
     except (openai.OpenAIError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if client.api_key:
+            reason = reason.replace(client.api_key, "***")  # some servers say it back
         refused = isinstance(error, openai.BadRequestError) and "temperature" in str(error) and bool(chosen)
         raise DataError(
             f"the judge {model.name!r} at {_shown(client.base_url)} does not answer ({type(error).__name__}: "
@@ -195,6 +208,21 @@ def ask_all(
             + (", with --temperature none if the model takes no other than its own" if refused else "")
         ) from error
     return [cache.answers[cache.key(q)] for q in questions]
+
+
+def _text_of(reply: Any) -> str | None:
+    """What the model wrote; None for an answer of another shape: clients build theirs without looking at it."""
+    try:
+        text = reply.choices[0].message.content
+    except (AttributeError, LookupError, TypeError):
+        return None
+    return text if isinstance(text, str) else None
+
+
+def _tokens(reply: Any, kind: str) -> int:
+    """A count of the reply's usage; 0 where the endpoint tells none that is one."""
+    count = getattr(getattr(reply, "usage", None), kind, None)
+    return count if type(count) is int and count >= 0 else 0
 
 
 def _in_threads(
@@ -247,8 +275,9 @@ def _in_threads(
 
 
 def _shown(url: Any) -> str:
-    """A URL without the credentials that it may hold."""
-    return re.sub(r"//[^/@]*@", "//", str(url))
+    """A URL without the credentials that it may hold before its host or in its query."""
+    parts = urlsplit(str(url))
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))
 
 
 # -- from answers to figures ---------------------------------------------------------------------------------------

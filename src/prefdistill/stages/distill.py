@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -140,7 +139,6 @@ def train_policy(run: Run, method: str, fingerprint: str) -> tuple[list[Path], s
             write_json(folder / "checkpoints.json", selected)
         if trainer.mixture is not None:
             write_json(folder / "mixture.json", promises(examples, trainer.mixture, beta=options.beta))
-        shutil.rmtree(work, ignore_errors=True)
         return outputs
 
     outputs = ranks.from_main(finish)

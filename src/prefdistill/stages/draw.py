@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -127,11 +126,8 @@ def draw(run: Run, method: str, fingerprint: str) -> tuple[list[Path], str]:
                 progress=tick,
             )
 
-    def finish() -> None:
-        write_json(samples_path(run, method), {name: [as_json(d) for d in drawn] for name, drawn in streams.items()})
-        shutil.rmtree(work, ignore_errors=True)
-
-    ranks.from_main(finish)
+    found = {name: [as_json(d) for d in drawn] for name, drawn in streams.items()}
+    ranks.from_main(write_json, samples_path(run, method), found)
     lengths = [len(s.ids) for d in streams["samples"] for s in d]
     return [samples_path(run, method)], (
         f"{method}: {n} samples for each of {len(groups)} prompts, {np.mean(lengths):.1f} tokens on average"

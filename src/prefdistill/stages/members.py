@@ -59,6 +59,7 @@ def make_members(run: Run, fingerprint: str) -> tuple[list[Path], str]:
         rho = options.rho[k % len(options.rho)] if options.resample == "length-bias" else None
         how = options.resample + (f", rho {rho}" if rho is not None else "")
         folder, done = run.member_path(k), run.member_path(k) / "training.json"
+        work = run.work_path(f"reward-{k}", fingerprint)
         # A member that an earlier, stopped try finished is not trained again.
         if not ranks.from_main(_is_finished, folder, fingerprint):
             run.say(f"member {k + 1} of {options.members}: {options.hold}, {how}")
@@ -66,7 +67,7 @@ def make_members(run: Run, fingerprint: str) -> tuple[list[Path], str]:
                 run,
                 run.groups.of("train"),
                 folder,
-                work=run.work_path(f"reward-{k}", fingerprint),
+                work=work,
                 base=options.models[k % len(options.models)] if options.models else run.reference,
                 how=options.resample,
                 rho=rho,
@@ -74,7 +75,7 @@ def make_members(run: Run, fingerprint: str) -> tuple[list[Path], str]:
                 # Cross-validation is done once: its choice hardly hangs on the resample, and it is most of the work.
                 l2=facts[0].get("l2") if facts else None,
             )
-            ranks.from_main(_finish, folder, {**record, "resample": how, "fingerprint": fingerprint})
+            ranks.from_main(_finish, folder, {**record, "resample": how, "fingerprint": fingerprint}, work)
         facts.append(read_json(done))
     scales = ", ".join(f"{f['scale']:.2f}" for f in facts)
     return [*(run.member_path(k) for k in range(options.members)), *_own_bases(run, facts)], (
@@ -87,9 +88,10 @@ def _is_finished(folder: Path, fingerprint: str) -> bool:
     return facts.exists() and is_whole(folder) and read_json(facts)["fingerprint"] == fingerprint
 
 
-def _finish(folder: Path, facts: dict[str, Any]) -> None:
+def _finish(folder: Path, facts: dict[str, Any], work: Path) -> None:
     write_json(folder / "training.json", facts)
     seal(folder)
+    shutil.rmtree(work, ignore_errors=True)  # checkpoints of K members would be K times as many
 
 
 def _own_bases(run: Run, facts: Sequence[dict[str, Any]]) -> list[Path]:
@@ -165,7 +167,6 @@ def train_member(
             save_adapter(model, tokenizer, folder, base)
         else:
             save_model(model, tokenizer, folder)
-        shutil.rmtree(work, ignore_errors=True)
         return {} if stands_on is None else {"stands_on": stands_on.name}
 
     facts |= ranks.from_main(finish)

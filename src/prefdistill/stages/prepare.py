@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -199,11 +198,7 @@ def make_start(run: Run, fingerprint: str) -> tuple[list[Path], str]:
     train_to_end(trainer, folder, run.progress)
     history = [h["token_nll"] for h in trainer.state.log_history if "token_nll" in h]
 
-    def finish() -> None:
-        save_model(policy, run.tokenizer, run.start_path)
-        shutil.rmtree(folder, ignore_errors=True)
-
-    ranks.from_main(finish)
+    ranks.from_main(save_model, policy, run.tokenizer, run.start_path)
     said = f"supervised start on {len(trees)} prompts"
     said += f", {too_long} demonstrations left out as too long" if too_long else ""
     return [run.start_path], (f"{said}: {history[0]:.3f} to {history[-1]:.3f} nats a token" if history else said)
@@ -263,11 +258,7 @@ def make_samples(run: Run, fingerprint: str) -> tuple[list[Path], str]:
                 )
             yield group
 
-    def finish() -> None:
-        write_groups(run.sampled_path, joined())
-        shutil.rmtree(run.work_path("sample", fingerprint), ignore_errors=True)
-
-    ranks.from_main(finish)
+    ranks.from_main(lambda: write_groups(run.sampled_path, joined()))
     unfinished = sum(not s.finished for d in drawn for s in d)
     return [run.sampled_path], (
         f"{n} responses of the reference for each of {len(train)} training prompts, {unfinished} cut at {bound} tokens"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import logging
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +15,8 @@ from prefdistill.report.html import write_report
 from prefdistill.seals import checksum
 from prefdistill.stages.draw import samples_path
 from prefdistill.stages.run import Run
+
+logger = logging.getLogger(__name__)
 
 
 def make_report(run: Run, manifest: Manifest) -> tuple[list[Path], str]:
@@ -53,9 +56,14 @@ def _llm_judge(run: Run) -> dict[str, Any] | None:
     path = llm_judge_path(run)
     if not path.exists():
         return None
-    found: dict[str, Any] = read_json(path)
-    files = {name: samples_path(run, name) for name in found.get("samples", {})}
-    same = files and all(f.exists() and checksum(f) == found["samples"][name] for name, f in files.items())
+    try:
+        found = read_json(path)
+        samples = dict(found["samples"])  # checksums of the samples that were judged
+    except (ValueError, LookupError, TypeError) as error:
+        logger.warning("%s is broken (%s); what the judge said is left out: run prefdistill judge again", path, error)
+        return None
+    files = {name: samples_path(run, name) for name in samples}
+    same = files and all(f.exists() and checksum(f) == samples[name] for name, f in files.items())
     return found if same else None
 
 

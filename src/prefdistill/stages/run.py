@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -114,6 +115,11 @@ class Run:
     def work_path(self, stage: str, fingerprint: str) -> Path:
         """Checkpoints of a stage that is under way; another fingerprint finds none of them."""
         return self.root / ".work" / f"{stage.replace(':', '-')}-{fingerprint[:12]}"
+
+    def remove_work(self, fingerprint: str) -> None:
+        """Removes the checkpoints of a stage that is done and written down: a stop before that goes on from them."""
+        for folder in (self.root / ".work").glob(f"*-{fingerprint[:12]}"):
+            shutil.rmtree(folder)
 
     # -- what several stages read ----------------------------------------------------------------------------------
 

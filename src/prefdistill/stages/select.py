@@ -35,7 +35,10 @@ class KeepWeights(TrainerCallback):
             trained = {
                 name: p.detach().contiguous() for name, p in kwargs["model"].named_parameters() if p.requires_grad
             }
-            with sealed_file(self.work / "kept" / f"step-{state.global_step:06d}.safetensors") as part:
+            folder, stem = self.work / "kept", f"step-{state.global_step:06d}"
+            for old in folder.glob(f"{stem}-*.safetensors"):
+                old.unlink()  # of a training that was stopped and went on from an earlier step
+            with sealed_file(folder / f"{stem}.safetensors") as part:
                 save_file(trained, part)
 
 
