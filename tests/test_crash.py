@@ -36,11 +36,13 @@ def test_a_result_that_differs_is_told(tmp_path, monkeypatch):
     """Runs are played: the second of them, which is killed once, leaves another policy."""
     starts = []
 
-    def attempt(config, out, log, deadline):
+    def attempt(config, out, log, deadline, stage=None):
         starts.append(deadline)
         (out / "policy").mkdir(parents=True, exist_ok=True)
         (out / "policy" / "model.safetensors").write_text("other" if len(starts) > 4 else "same")
         log.write_text("[1/1] distill:dpo: training\n")
+        if deadline is None:
+            (out / "manifest.json").write_text('{"stages": {"distill:dpo": {"seconds": 1.0}}}')
         return deadline is None
 
     monkeypatch.setattr(harness, "attempt", attempt)

@@ -1,10 +1,11 @@
 """`make crash-test N=50`: runs killed with SIGKILL at random instants and started again come out bit-identical.
 
 A tiny model goes through every stage, with members and a judge that are heads (the default) or adapters (LoRA). Of each
-kind one run is left alone. Others, of the kinds in turn, are killed, mostly several times each, at instants drawn over
-their whole length, until there were N kills. Then, for every run: the files that make its result are those of the
-undisturbed one of its kind to the byte, no half file is left, and no stage that the manifest called done before a kill
-ran again after it.
+kind one run is left alone. Others, of the kinds in turn, are killed, mostly several times each, until there were N
+kills: every kill is aimed at a stage (or the start-up) that had the fewest so far, at an instant drawn over its length,
+so that from some number on every stage of each kind has some, which is demanded. Then, for every run: the files that
+make its result are those of the undisturbed one of its kind to the byte, no half file is left, and no stage that the
+manifest called done before a kill ran again after it.
 """
 
 from __future__ import annotations
@@ -58,11 +59,26 @@ KINDS = {
 }
 # What a run leaves: not the manifest, which tells how long stages took, nor the report, which shows it.
 RESULT = ("**/*.safetensors", "data/*.parquet", "columns/**/*.parquet", "evaluation/**/*.json", "policy/*/*.json")
+ENOUGH = 1.5  # kills a stage, above which none may be spared: some fall between stages
+STARTUP, BETWEEN, DONE = "start-up", "between", "done before"
 STAGE = re.compile(r"^\[\d+/\d+\] (\S+): (.*)")
 
 
-def start(config: Path, out: Path, log: Path, deadline: float | None, within=contextlib.nullcontext) -> int | None:
-    """The exit status of one start of the run in a forked process; None: it was killed after `deadline` seconds."""
+def start(
+    config: Path,
+    out: Path,
+    log: Path,
+    deadline: float | None,
+    within=contextlib.nullcontext,
+    *,
+    stage: str | None = None,
+) -> int | None:
+    """The exit status of one start of the run in a forked process; None: it was killed after `deadline` seconds.
+
+    Args:
+        stage: these seconds count from when this stage begins, None: from the start.
+    """
+    log.unlink(missing_ok=True)
     child = os.fork()
     if child == 0:
         status = 1
@@ -79,11 +95,13 @@ def start(config: Path, out: Path, log: Path, deadline: float | None, within=con
                 status = main(["run", str(config), "--output-dir", str(out)])
         finally:
             os._exit(status)
-    end = None if deadline is None else time.monotonic() + deadline
+    end = None if deadline is None or stage is not None else time.monotonic() + deadline
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
+        if deadline is not None and end is None and log.exists() and stages_of(log).get(stage, DONE) != DONE:
+            end = time.monotonic() + deadline
         if end is not None and time.monotonic() > end:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
@@ -91,9 +109,9 @@ def start(config: Path, out: Path, log: Path, deadline: float | None, within=con
         time.sleep(0.002)
 
 
-def attempt(config: Path, out: Path, log: Path, deadline: float | None) -> bool:
-    """One start of the run, killed after `deadline` seconds; whether it came to its end."""
-    status = start(config, out, log, deadline)
+def attempt(config: Path, out: Path, log: Path, deadline: float | None, stage: str | None = None) -> bool:
+    """One start of the run, killed so many seconds into a stage (None: at all); whether it came to its end."""
+    status = start(config, out, log, deadline, stage=stage)
     if status:
         raise SystemExit(f"a run ended with {status}:\n{log.read_text()[-3000:]}")
     return status is not None
@@ -144,8 +162,18 @@ class Undisturbed:
         began = time.monotonic()
         attempt(self.config, out, log, None)
         self.length = time.monotonic() - began
+        records = json.loads((out / "manifest.json").read_text())["stages"]
+        self.seconds = {name: record["seconds"] for name, record in records.items()}
+        self.seconds[STARTUP] = max(0.0, self.length - sum(self.seconds.values()))
         self.files, self.stages = result_of(out), list(stages_of(log))
         shutil.rmtree(out)
+
+
+def _least_struck(whole: Undisturbed, kept: list[str], struck: Counter, draw: random.Random) -> str | None:
+    """One of the stages of this kind with the fewest kills so far; None: this run is beyond them, and may end."""
+    fewest = min(struck[whole.kind, stage] for stage in whole.seconds)
+    aims = [stage for stage in whole.seconds if struck[whole.kind, stage] == fewest and stage not in kept]
+    return draw.choice(aims) if aims else None
 
 
 def crash(kills: int, seed: int, folder: Path, say=print, *, prompts: int = 40) -> int:
@@ -156,19 +184,22 @@ def crash(kills: int, seed: int, folder: Path, say=print, *, prompts: int = 40) 
     for whole in kinds:
         say(f"undisturbed, {whole.kind}: {whole.length:.1f} s, {len(whole.stages)} stages, {len(whole.files)} files")
     done = bad = run = 0
-    struck: Counter[str] = Counter()
+    struck: Counter[tuple[str, str]] = Counter()
     while done < kills:
+        if run > 20 + 10 * kills:
+            raise SystemExit(f"{run} runs were started for {done} kills: stages end before they can be struck")
         whole = kinds[run % len(kinds)]
         run += 1
         finished, own = False, 0
         kept: list[str] = []
         while not finished:
-            # The instant lies anywhere in what is left of the run; now and then it comes to its end. No run has them
-            # all, so that every kind has some.
-            deadline = draw.uniform(0.0, whole.length) if done < kills and own < -(-kills // len(kinds)) else None
-            finished = attempt(whole.config, out, log, deadline)
+            # No run has all kills, so that every kind has some.
+            wanted = done < kills and own < -(-kills // len(kinds))
+            aim = _least_struck(whole, kept, struck, draw) if wanted else None
+            deadline = None if aim is None else draw.uniform(0.0, whole.seconds[aim])
+            finished = attempt(whole.config, out, log, deadline, None if aim == STARTUP else aim)
             said = stages_of(log)
-            again = [s for s in kept if s in said and said[s] != "done before"]
+            again = [s for s in kept if s in said and said[s] != DONE]
             if again:
                 say(f"run {run}: done before the kill and run again: {', '.join(again)}")
                 bad += 1
@@ -176,7 +207,8 @@ def crash(kills: int, seed: int, folder: Path, say=print, *, prompts: int = 40) 
             kept = list(json.loads(manifest.read_text())["stages"]) if manifest.exists() else []
             if not finished:
                 done, own = done + 1, own + 1
-                struck[next((s for s in reversed(said) if s not in kept), "between") if said else "start-up"] += 1
+                where = next((s for s in reversed(said) if s not in kept), BETWEEN) if said else STARTUP
+                struck[whole.kind, where] += 1
         wrong = differences(whole.files, result_of(out))
         left = [str(p.relative_to(out)) for form in ("*.part-*", "*.old-*", ".work/*") for p in out.rglob(form)]
         if wrong:
@@ -186,7 +218,13 @@ def crash(kills: int, seed: int, folder: Path, say=print, *, prompts: int = 40) 
             say(f"run {run}: half files are left: {', '.join(left[:5])}")
             bad += 1
         shutil.rmtree(out)
-    say("kills by stage: " + ", ".join(f"{s} {n}" for s, n in struck.most_common()))
+    for whole in kinds:
+        of_kind = {stage: struck[whole.kind, stage] for stage in (STARTUP, *whole.stages, BETWEEN)}
+        say(f"kills by stage, {whole.kind}: " + ", ".join(f"{stage} {n}" for stage, n in of_kind.items()))
+        spared = [stage for stage, n in of_kind.items() if not n and stage != BETWEEN]
+        if spared and kills >= ENOUGH * sum(len(k.seconds) for k in kinds):
+            say(f"no kill of {whole.kind} in: {', '.join(spared)}")
+            bad += 1
     say(f"{done} kills, {done - bad} identical ({run} runs, seed {seed})")
     return bad
 
