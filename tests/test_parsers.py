@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import os
+import subprocess
 import sys
 
 import numpy as np
@@ -64,6 +67,27 @@ def test_a_configuration_imports_nothing(text, given, tmp_path, monkeypatch, cap
     assert main(["config", *given.replace("FILE", str(tmp_path / "c.yaml")).split()]) == 2
     assert "evil_module" not in sys.modules
     assert "class_path, which no option takes" in capsys.readouterr().err
+
+
+# Of `make fuzz`, seed 12: no column, and a group of -2,496 rows.
+NEGATIVE = base64.b64decode(
+    "UEFSMRUEGRw1ABgGc2NoZW1hFQAAFgAZHBkMFgAW/yYAFgAAGRwYDEFSUk9XOnNjaGVtYRhMLy8vLy96QUFBQUFRQUFBQUFBQUtBQXdBQmdBRkFBZ0FDZ"
+    "0FBQUFBQkJBQU1BQUFBQ0FBSUFBQUFCQUFJQUFBQUJBQUFBQUFBQUFBPQAYIHBhcnF1ZXQtY3BwLWFycm93IHZlcnNpb24gMjYuMC4xGQwApAAAAFBB"
+    "UjE="
+)
+
+
+def test_a_footer_of_negative_rows_ends_no_process(tmp_path, caplog):
+    """Arrow ended the process on it, with no exception that Python could catch."""
+    (tmp_path / "pairs.parquet").write_bytes(NEGATIVE)
+    code = f"from prefdistill.data.formats import load_pairs; load_pairs({str(tmp_path / 'pairs.parquet')!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 1, done.stderr[-500:]
+    assert "its footer tells of 0 rows, and of [-2496] in its groups" in done.stderr
+    (shard := tmp_path / "shard-00000.parquet").write_bytes(NEGATIVE)
+    shard.rename(tmp_path / f"shard-00000-{checksum(shard)}.parquet")
+    assert Column(tmp_path, "model").stale_shards == 1
+    assert "its footer tells of 0 rows" in caplog.text
 
 
 def test_a_shard_that_is_none_is_stale(tmp_path, caplog):

@@ -24,7 +24,7 @@ from torch import nn
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from prefdistill import ranks
-from prefdistill.data.arrow_checks import check_count
+from prefdistill.data.arrow_checks import check_count, check_footer
 from prefdistill.data.keyed import Keyed
 from prefdistill.data.table import response_key
 from prefdistill.data.tree import Tree, batches_by_tokens, shape_of
@@ -119,6 +119,7 @@ class Column:
 def _read_shard(shard: Path, fingerprint: str) -> tuple[list[str], np.ndarray] | None:
     """Keys and values [n] or [n, width] of a shard; None if another model's."""
     with pq.ParquetFile(shard) as file:
+        check_footer(file)
         # Not all at once: memory would be taken for as many rows as a damaged footer claims.
         table = pa.Table.from_batches(file.iter_batches(), file.schema_arrow)
         check_count(table.num_rows, file)

@@ -219,12 +219,15 @@ MAKERS = {
 }
 
 
-def strings(value: Any) -> list[str]:
+def turns(value: Any) -> list[tuple[str, str]]:
+    """Messages as role and text; a text is the assistant's answer."""
     if isinstance(value, str):
-        return [value]
-    if isinstance(value, dict):
-        return [s for v in value.values() for s in strings(v)]
-    return [s for v in value for s in strings(v)] if isinstance(value, list) else []
+        return [("assistant", value)]
+    return [(m["role"], only_text(m["content"])) for m in value]
+
+
+def only_text(content: Any) -> str:
+    return content if isinstance(content, str) else content[0]["text"]
 
 
 def reading(path: Path, drop: Any) -> tuple[list[Any], DataError | None]:
@@ -261,22 +264,42 @@ def check(path: Path, content: bytes, rows: dict[int, Any] | None) -> str:
 
 
 def unchanged(pair: Any, row: dict[str, Any]) -> None:
-    """The pair's texts are the row's own: each of its responses ends a text of the row, each prompt begins one."""
-    known = strings(row)
+    """The pair is the row: prompt and responses are its columns, or put together give them again, each its own."""
+    read = (pair.prompt, pair.chosen, pair.rejected)
     compared = "chosen" in row and "rejected" in row
     if not compared:
-        known += [" " + s["text"].strip() for s in row["summaries"]]
-        assert pair.prompt.endswith("TL;DR:")
+        expected = tldr(row)
+        assert read == expected, (read, expected)
+    elif all(isinstance(row.get(name, ""), str) for name in ("prompt", "chosen", "rejected")):
+        if "prompt" in row:
+            assert read == (row["prompt"], row["chosen"], row["rejected"])
+        else:
+            assert (pair.prompt + pair.chosen, pair.prompt + pair.rejected) == (row["chosen"], row["rejected"])
     else:
-        parts = [pair.prompt] if isinstance(pair.prompt, str) else [m["content"] for m in pair.prompt]
-        assert all(any(k.startswith(p) for k in known) for p in parts), (parts, row)
-    for response in (pair.chosen, pair.rejected):
-        parts = [response] if isinstance(response, str) else [m["content"] for m in response]
-        assert all(any(k.endswith(p) for k in known) for p in parts), (parts, row)
+        prompt, *answers = map(turns, read)
+        given = [turns(row[name]) for name in ("chosen", "rejected")]
+        whole = [prompt + answer for answer in answers] == given
+        if isinstance(row.get("prompt"), list):
+            assert prompt == turns(row["prompt"])
+            assert whole or answers == given
+        else:
+            assert whole
+            assert "prompt" not in row or ("user", row["prompt"]) in prompt
     used = {"prompt", "chosen", "rejected"} if compared else {"info", "summaries", "choice"}
     extra = {k: v for k, v in row.items() if k not in used}
     assert pair.extra.keys() == extra.keys()
-    assert all(pair.extra[k] == v or v != v or k == "split" for k, v in extra.items()), (pair.extra, extra)
+    # NaN is not itself, and a TL;DR row's "valid1" is read as "validation".
+    assert all(pair.extra[k] == v or v != v or (k == "split" and not compared) for k, v in extra.items()), row
+
+
+def tldr(row: dict[str, Any]) -> tuple[str, str, str]:
+    """The texts of a TL;DR comparison, as its authors publish the prompts."""
+    info, texts = row["info"], [" " + summary["text"].strip() for summary in row["summaries"]]
+    if info.get("post") is None and info.get("article") is not None:
+        prompt = f"Article:\n\n{info['article']}\n\nTL;DR:"
+    else:
+        prompt = f"SUBREDDIT: r/{info['subreddit']}\n\nTITLE: {info['title']}\n\nPOST: {info['post']}\n\nTL;DR:"
+    return prompt, texts[row["choice"]], texts[1 - row["choice"]]
 
 
 def fuzz(n: int, seed: int, folder: Path) -> Counter[str]:

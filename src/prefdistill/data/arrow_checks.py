@@ -1,4 +1,4 @@
-"""What Arrow's readers pass over: two columns of one name, of which the last alone would stay, and rows lost."""
+"""What Arrow's readers pass over: columns of one name, of which the last alone would stay; rows lost; mad footers."""
 
 from __future__ import annotations
 
@@ -31,6 +31,21 @@ def check_names(schema: pa.Schema, file: str) -> None:
                 f"{file}, column {column.name!r}: its objects have two fields with the name {field!r}. Rename or "
                 "leave out one of them."
             )
+
+
+def check_footer(file: pq.ParquetFile) -> None:
+    """Refuses a file whose groups of rows are none: of a negative number Arrow would end the whole process.
+
+    Raises:
+        pa.ArrowInvalid: as for other damage.
+    """
+    known = file.metadata
+    groups = [known.row_group(i) for i in range(known.num_row_groups)]
+    sizes = [group.num_rows for group in groups]
+    if min(sizes, default=0) < 0 or sum(sizes) != known.num_rows:
+        import pyarrow as pa
+
+        raise pa.ArrowInvalid(f"its footer tells of {known.num_rows} rows, and of {sizes[:4]} in its groups")
 
 
 def check_count(rows: int, file: pq.ParquetFile) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
-from prefdistill.data.arrow_checks import check_count, check_names
+from prefdistill.data.arrow_checks import check_count, check_footer, check_names
 from prefdistill.data.datasets_rows import hub_rows, is_saved, saved_rows
 from prefdistill.data.json_text import Parser, is_object
 from prefdistill.errors import DataError
@@ -299,6 +299,7 @@ def _parquet_rows(path: Path, on_bad: OnBad) -> Rows:
     number = 0
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            check_footer(file)
             check_names(file.schema_arrow, str(path))
             for batch in file.iter_batches(batch_size=_BATCH_ROWS):
                 for row, fault in _batch_rows(batch):
