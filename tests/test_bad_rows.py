@@ -191,6 +191,44 @@ def test_a_run_writes_down_every_row_that_it_leaves_out(tmp_path: Path, model_fo
     assert not rejected.exists()
 
 
+@pytest.mark.slow
+def test_a_response_of_10_mb_is_left_out_by_name_and_whole(tmp_path: Path, model_folder: Path) -> None:  # noqa: F811
+    made = rows()
+    path, long = tmp_path / "pairs.jsonl", made[1] | {"chosen": " red" * 2_500_000}
+    path.write_text("\n".join(map(json.dumps, [long, *made[2:]])), encoding="utf-8")
+    config = small(path, model_folder, tmp_path / "run", methods="[dpo]")
+    pipeline.run(config, until="data")
+    told = [json.loads(line) for line in (tmp_path / "run" / "data" / "rejected.jsonl").open(encoding="utf-8")]
+    assert [(t["where"], t["kind"], t["row"] == long) for t in told] == [(f"{path}, row 1", "too long", True)]
+    assert "2500001 tokens" in told[0]["reason"] or str(config.dataset.max_response_tokens) in told[0]["reason"]
+
+
+HUGE = "red " * 2_500_000
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        ROW | {"chosen": HUGE + "\ud800"},
+        ROW | {"chosen": " " * 10_000_000},
+        ROW | {"chosen": [{"role": HUGE, "content": "a"}], "rejected": [{"role": "assistant", "content": "b"}]},
+        {"prompt": "p", HUGE: "a"},
+        {"prompt": "p", "chosen": [{HUGE: "a"}], "rejected": "b"},
+        '{"prompt": "p", "HUGE": 1, "HUGE": 2}',
+        '{"prompt": "p", ' + ", ".join(f'"k{i}": 1' for i in range(300_000)) + ', "z": 1, "z": 2}',
+        '{"prompt": "' + HUGE,
+    ],
+    ids=lambda row: None,
+)
+def test_an_error_is_short_however_long_the_row(row: Any, tmp_path: Path) -> None:
+    line = row.replace("HUGE", HUGE) if isinstance(row, str) else json.dumps(row)
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(ROW) + "\n" + line + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"pairs\.jsonl, (row|line) 2") as raised:
+        load_pairs(str(path))
+    assert len(str(raised.value)) < 1500
+
+
 # --- names that lead out of a saved folder ----------------------------------------------------------------------------
 
 

@@ -91,11 +91,16 @@ def _contents(text: Text) -> list[str]:
 
 
 def bad(where: str, column: str, found: str, remedy: str) -> DataError:
-    return DataError(f"{where}, column {column!r}: found {found}. {remedy}.")
+    return DataError(f"{where}, column {short(repr(column))}: found {short(found)}. {remedy}.")
+
+
+def short(text: str) -> str:
+    """A text for a message: the middle of a long one is left out, since a row's values may have megabytes."""
+    return text if len(text) <= 400 else f"{text[:300]} [...] {text[-60:]}"
 
 
 def names(found: Iterable[str]) -> str:
-    return ", ".join(map(repr, found)) or "none"
+    return short(", ".join(map(repr, found))) or "none"
 
 
 def kind(value: Any) -> str:

@@ -170,7 +170,7 @@ def _used_columns(row: dict[str, Any], where: str) -> tuple[str, ...]:
         return _TLDR_COLUMNS
     wanted = _TLDR_COLUMNS if "info" in row and "summaries" in row else ("chosen", "rejected")
     missing = " and ".join(repr(name) for name in wanted if name not in row)
-    found = ", ".join(map(repr, row)) or "none"
+    found = names(row)
     neighbour = no_pairs(row)
     if neighbour is not None:
         raise DataError(f"{where}: no column {missing} (columns found: {found}): {neighbour}.")

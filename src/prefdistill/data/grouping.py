@@ -14,6 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from prefdistill.data.checks import short
 from prefdistill.data.formats import Pair
 from prefdistill.data.given import GivenRewards
 from prefdistill.data.left_out import LeftOut
@@ -183,9 +184,10 @@ def assign_splits(pairs: Iterable[Pair], fractions: dict[str, float], seed: int)
                 "one split only, or the evaluation would be on training data"
             )
     if own and unnamed is not None:
+        found = short(repr(unnamed.extra.get("split")))
         raise DataError(
-            f"{unnamed.where}: column 'split' is {unnamed.extra.get('split')!r} while other rows name one; use one of "
-            f"{', '.join(SPLITS)} in every row, or leave the column out"
+            f"{unnamed.where}: column 'split' is {found} while other rows name one; use one of {', '.join(SPLITS)} in "
+            "every row, or leave the column out"
         )
     out = {key: split for key, split in own.items() if split != "train"}
     order = sorted((key for key in places if key not in out), key=lambda key: places[key])

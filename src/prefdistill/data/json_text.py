@@ -6,7 +6,10 @@ Python's parser keeps the last of two equal keys in silence, and stops at a numb
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
+
+from prefdistill.data.checks import names, short
 
 
 class _Twice(list[tuple[str, Any]]):
@@ -44,10 +47,12 @@ class Parser:
         while waiting:
             part = waiting.pop()
             if isinstance(part, _Twice):
-                keys = [key for key, _ in part]
-                twice = next(key for key in keys if keys.count(key) > 1)
-                named = ", ".join(map(repr, keys))
-                return f"an object has the key {twice!r} twice (its keys: {named}). Keep one of the two."
+                counts = Counter(key for key, _ in part)
+                twice = next(key for key, n in counts.items() if n > 1)
+                return (
+                    f"an object has the key {short(repr(twice))} twice (its keys: {names(key for key, _ in part)}). "
+                    "Keep one of the two."
+                )
             if isinstance(part, _Digits):
                 return f"JSON that cannot be read (a number of {len(part)} characters). Shorten that value."
             if isinstance(part, dict):
