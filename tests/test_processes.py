@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -174,6 +175,20 @@ def test_columns_are_those_of_one_process(runs):
         )
 
 
+def test_the_same_members_give_the_same_rewards(runs, made):
+    """Scored by `accelerate launch` in two processes, trained in one."""
+    folder, flags = made
+    members = [str(folder / "1" / "reward" / f"member-{k}") for k in (0, 1)]
+    own = ["--reward.members=0", f"--reward.pretrained=[{','.join(members)}]", f"--output_dir={folder / 'scored'}"]
+    done(launch(2, "score", *flags, *own, by=accelerate("ddp.yaml")))
+    scored = pq.read_table(folder / "1" / "data" / "sampled.parquet")["responses"].to_pylist()
+    for column in ("reference-logps", "rewards-0", "rewards-1"):
+        one, two = (columns(folder / n, column, sum(map(len, scored))) for n in ("1", "scored"))
+        assert list(one) == list(two)
+        assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-5, abs=1e-6)
+        assert np.std(list(one.values())) > 0.1
+
+
 def test_samples_are_those_of_one_process(runs):
     folder, _ = runs
     one, two = (pq.read_table(folder / n / "data" / "sampled.parquet").to_pylist() for n in "12")
@@ -286,6 +301,46 @@ def test_the_example_shards_as_its_launcher_says(rank, runs, tmp_path):
         one, two, before = (m(ids).logits.log_softmax(-1) for m in (*saved, start))
     torch.testing.assert_close(two, one, rtol=0, atol=1e-4)
     assert (one - before).abs().max() > 1e-2
+
+
+@pytest.fixture(scope="module")
+def sharded(runs):
+    """What a sharded training leaves that nobody stops."""
+    folder, _ = runs
+    sharded_example(folder / "1", folder / "sharded")
+    return folder / "sharded"
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
+def test_a_sharded_training_goes_on_where_it_was_stopped(sent, runs, sharded, tmp_path):
+    """Killed, or told to stop, after a checkpoint; steps and weights are to the bit as if nobody had."""
+    folder, _ = runs
+    by = accelerate("fsdp2.yaml", "--mixed_precision=bf16")
+    script = [str(HERE / "sharded_on_cpu.py"), str(EXAMPLES / "distributed.py"), str(folder / "1"), "e-dpo"]
+    running = started(2, *script, str(tmp_path / "stopped"), by=by)
+    deadline = time.monotonic() + 200
+    while not list(tmp_path.glob("stopped/checkpoint-*/checksums.json")):
+        assert running.poll() is None, running.communicate()[1][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    for child in psutil.Process(running.pid).children(recursive=True) if sent == signal.SIGKILL else [running]:
+        child.send_signal(sent)
+    said = running.communicate(timeout=120)[1]
+    assert running.returncode != 0
+    assert not (tmp_path / "stopped" / "model.safetensors").exists()
+    assert sent == signal.SIGKILL or "KeyboardInterrupt" not in said
+    done(started(2, *script, str(tmp_path / "stopped"), by=by))
+    assert log_of(tmp_path / "stopped") == log_of(sharded)
+    found, expected = (load_file(n / "adapter_model.safetensors") for n in (tmp_path / "stopped", sharded))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+def test_the_example_says_what_it_cannot_do(runs):
+    folder, _ = runs
+    said = done(started(3, str(EXAMPLES / "distributed.py"), str(folder / "1"), "e-dpo", str(folder / "no")), status=1)
+    assert "is 4; a batch is shared by the 3 processes" in said
+    assert not (folder / "no").exists()
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="no deepspeed here (pip install deepspeed)")

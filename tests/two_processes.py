@@ -113,12 +113,12 @@ def train(out: str, batch: str) -> None:
         dist.destroy_process_group()
 
 
-def run(*flags: str) -> int:
+def run(command: str, *flags: str) -> int:
     """A run whose columns have many shards and whose samples many batches, small as they are."""
     scoring.SHARD_TOKENS = 200
     draw.SAMPLE_BUDGET = 1
-    return cli.main(["run", *flags])
+    return cli.main([command, *flags])
 
 
 if __name__ == "__main__":
-    sys.exit({"train": train, "run": run}[sys.argv[1]](*sys.argv[2:]))
+    sys.exit(train(*sys.argv[2:]) if sys.argv[1] == "train" else run(*sys.argv[1:]))

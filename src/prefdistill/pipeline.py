@@ -157,11 +157,7 @@ def _check_batches(config: RunConfig) -> None:
     batches |= {"sft.batch_prompts": config.sft.batch_prompts} if config.sft.enabled else {}
     batches |= {f"distill.batch_prompts of {m}": config.distill.of(m).batch_prompts for m in config.methods}
     for option, prompts in batches.items():
-        if prompts % ranks.count():
-            raise ConfigError(
-                f"{option} is {prompts}; a batch is shared by the {ranks.count()} processes of this launch, so it must "
-                "be a multiple of that"
-            )
+        ranks.share_of(option, prompts)
 
 
 def _is_run(root: Path) -> bool:

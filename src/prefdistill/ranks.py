@@ -34,8 +34,11 @@ def launched() -> int:
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[None]:
+def joined(*, sharded: bool = False) -> Iterator[None]:
     """Joins the processes of a launch for as long as the block runs; inside another such block, or alone, nothing.
+
+    Args:
+        sharded: whether the launcher may shard weights.
 
     Raises:
         ConfigError: the launcher shards weights, which a run's stages do not know.
@@ -45,7 +48,7 @@ def joined() -> Iterator[None]:
         yield
         return
     for name in ("FSDP", "DEEPSPEED"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+        if not sharded and os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
             raise ConfigError(
                 f"a run's stages keep whole weights in every process, and this launch shards them ({name}): start the "
                 "run without it, and train a policy that needs it with examples/distributed.py"
@@ -76,6 +79,20 @@ def count() -> int:
 def rank() -> int:
     """This process's place among those that share the work."""
     return 0 if _group is None or _alone else _group.rank()
+
+
+def share_of(option: str, prompts: int) -> int:
+    """A process's share of a batch.
+
+    Raises:
+        ConfigError: it cannot be divided among the processes.
+    """
+    if prompts % count():
+        raise ConfigError(
+            f"{option} is {prompts}; a batch is shared by the {count()} processes of this launch, so it must be a "
+            "multiple of that"
+        )
+    return prompts // count()
 
 
 def is_main() -> bool:

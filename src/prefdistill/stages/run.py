@@ -222,7 +222,8 @@ class Run:
 
         Checkpoints are put off to the next log line, since what is recorded between lines is in no checkpoint.
         """
-        options["per_device_train_batch_size"] //= ranks.count()  # a batch is that of all processes
+        batch = "per_device_train_batch_size"
+        options[batch] = ranks.share_of(f"the batch of {folder.name}", options[batch])  # it is that of all processes
         # accelerate's launcher sets it, and transformers would follow it before the option `precision`.
         os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
         every = options.get("logging_steps", 1)

@@ -8,6 +8,7 @@ from typing import Any
 
 import transformers
 from safetensors import safe_open
+from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, TrainerCallback
 
 from prefdistill import ranks
@@ -77,8 +78,9 @@ def _check_weights(model: Any, step: int, folder: str) -> None:
 
 
 def not_finite(model: Any) -> list[str]:
-    """Names of the parameters that hold what is no number."""
-    return [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]
+    """Names of the parameters that hold what is no number; of sharded ones, in this process's share."""
+    own = ((name, p.to_local() if isinstance(p, DTensor) else p) for name, p in model.named_parameters())
+    return [name for name, p in own if not bool(p.isfinite().all())]
 
 
 def what_is_kept(folder: str) -> str:
