@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -467,3 +468,21 @@ def test_mutated_files_raise_nothing_but_our_errors(tmp_path: Path) -> None:
     ends = [counts[what] for what in ("all used", "rows dropped", "file refused")]
     assert sum(ends) == 500
     assert min(*ends, *(counts[ending] for ending in (".jsonl", ".json", ".csv", ".parquet"))) > 20
+
+
+@pytest.mark.parametrize("change", ["swapped", "shortened", "a column"])
+def test_the_fuzzing_sees_a_row_that_was_changed(change: str, tmp_path: Path, monkeypatch: Any) -> None:
+    def changed(*arguments: Any, **options: Any) -> list[Any]:
+        found = load_pairs(*arguments, **options)
+        new = {
+            "swapped": lambda p: {"chosen": p.rejected, "rejected": p.chosen},
+            "shortened": lambda p: {"chosen": p.chosen[1:]},
+            "a column": lambda p: {"extra": {**p.extra, "id": -7}},
+        }[change]
+        return [dataclasses.replace(pair, **new(pair)) for pair in found]
+
+    monkeypatch.setattr("fuzz.rows.load_pairs", changed)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=r"an input of seed 2, saved as fuzz-2-\d+-pairs.*: AssertionError"):
+        fuzz(200, 2, tmp_path)
+    assert len(list(tmp_path.glob("fuzz-2-*"))) == 1

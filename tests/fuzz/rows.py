@@ -1,9 +1,9 @@
 """`make fuzz N=100000`: files of mutated rows; nothing but our errors, and no row that is used has changed.
 
-Every input is a file of some rows (JSON Lines, a JSON list, CSV, Parquet): whole ones of every shape, of which some
-were mutated at random as values, and of which some lines were mutated as bytes. Each is read twice: stopping at the
-first bad row, which must raise `DataError` with the file's name or give every row; and dropping bad rows, where used
-and dropped rows must be the file's. The text of every row that is used is compared with an independent reading, or
+Every input is a file that hypothesis makes of some rows (JSON Lines, a JSON list, CSV, Parquet): whole ones of every
+shape, of which some were mutated as values, and of which some lines were mutated as bytes. Each is read twice: stopping
+at the first bad row, which must raise `DataError` with the file's name or give every row; and dropping bad rows, where
+used and dropped rows must be the file's. The text of every row that is used is compared with an independent reading, or
 with what was written; bytes changed inside a Parquet file may be anything, so only its errors are looked at.
 """
 
@@ -22,12 +22,16 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pyarrow as pa
 import pyarrow.parquet as pq
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 
 from prefdistill.data.formats import load_pairs
 from prefdistill.errors import DataError
 
+CHUNK = 10_000  # inputs that hypothesis remembers, so as to make no other like them
 WORDS = ["red", "round", "ü", "日本", "\u202e", "a\nb", " ", "\t", "", "0", "Human:", "<|im_end|>", "{", '"', "\u2028"]
 VALUES: list[Any] = [
     None, True, False, 0, 1, -1, 1.5, 1e308, float("nan"), float("inf"), "", " ", "\n", "\x00", "\ud800", "x" * 5000,
@@ -303,18 +307,36 @@ def tldr(row: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def fuzz(n: int, seed: int, folder: Path) -> Counter[str]:
+    """Checks so many files that hypothesis makes; of one that fails it looks for a small one, which is saved."""
     counts: Counter[str] = Counter()
-    for i in range(n):
-        draw = random.Random(f"{seed}-{i}")
+    last: dict[str, bytes] = {}
+
+    def read(draw: random.Random) -> None:
         name = draw.choices(list(MAKERS), [share for _, share in MAKERS.values()])[0]
         content, rows = MAKERS[name][0](draw)
+        last.clear()
+        last[name] = content
+        counts[check(folder / name, content, rows)] += 1
+        counts[Path(name).suffix] += 1
+        counts["inputs"] += 1
+
+    quiet = {
+        "deadline": None,
+        "database": None,
+        "suppress_health_check": list(HealthCheck),
+        "print_blob": False,
+        "report_multiple_bugs": False,
+    }
+    while counts["inputs"] < n:
+        asked = settings(max_examples=min(CHUNK, n - counts["inputs"]), phases=[Phase.generate, Phase.shrink], **quiet)
+        part = hypothesis.seed(f"{seed}-{counts['inputs']}")(asked(given(st.randoms(use_true_random=False))(read)))
         try:
-            counts[check(folder / name, content, rows)] += 1
-            counts[Path(name).suffix] += 1
+            part()
         except Exception as error:
-            saved = Path(f"fuzz-{seed}-{i}-{name}")
+            name, content = last.popitem()
+            saved = Path(f"fuzz-{seed}-{counts['inputs']}-{name}")
             saved.write_bytes(content)
-            raise SystemExit(f"input {i} of seed {seed}, saved as {saved}: {type(error).__name__}: {error}") from error
+            raise SystemExit(f"an input of seed {seed}, saved as {saved}: {type(error).__name__}: {error}") from error
     return counts
 
 
