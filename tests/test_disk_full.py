@@ -35,12 +35,12 @@ def test_a_run_goes_on_when_there_is_room_again(disk, data, model_folder, tmp_pa
     place, grow = disk
     options = {"methods": "[dpo]", "distill.save_steps": 1, "distill.logging_steps": 1, "reward.hold": "full"}
     whole = tmp_path / "whole"
-    pipeline.run(small(data, model_folder, whole, **options), until="distill")
+    pipeline.run(small(data, model_folder, whole, **options))
     (tmp_path / "c.yaml").write_text(small(data, model_folder, place / "run", **options).as_yaml())
     size, full = 256, 0
     while True:
         capsys.readouterr()
-        status = main(["distill", str(tmp_path / "c.yaml")])
+        status = main(["run", str(tmp_path / "c.yaml")])
         said = capsys.readouterr().err
         if status == 0:
             break
@@ -52,7 +52,12 @@ def test_a_run_goes_on_when_there_is_room_again(disk, data, model_folder, tmp_pa
         size *= 2
         grow(size)
     assert full >= 3, "it was full in several stages"
-    for file in ("policy/dpo/model.safetensors", "judge/model.safetensors", "data/prompts.parquet"):
+    for file in (
+        "policy/dpo/model.safetensors",
+        "judge/model.safetensors",
+        "data/prompts.parquet",
+        "evaluation/samples/dpo.json",
+    ):
         assert (place / "run" / file).read_bytes() == (whole / file).read_bytes()
 
 

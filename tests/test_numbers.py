@@ -9,17 +9,19 @@ import pytest
 import torch
 
 from prefdistill.cli import main
-from prefdistill.data.table import shorten
+from prefdistill.data.table import PromptGroup, shorten
 from prefdistill.data.tree import Tree
 from prefdistill.errors import DataError, TrainingError
 from prefdistill.models.forward import TreeModel
 from prefdistill.progress import silent
+from prefdistill.stages.run import words_of
 from prefdistill.training.checkpoints import train_to_end
 from prefdistill.training.distill import DistillExample, DistillTrainer
 from prefdistill.training.sft import SFTTrainer
 from prefdistill.training.trees import TreeTrainer
 from test_distill import config, examples_near, policy
 from test_pipeline import data, model_folder  # noqa: F401
+from tiny_tokenizers import chatml
 
 ONE = {"per_device_train_batch_size": 1, "max_steps": 4, "warmup_steps": 0}
 
@@ -145,3 +147,17 @@ def test_prompts_are_named_by_their_words_in_every_stage(stage, data, model_fold
     said = capsys.readouterr().err.strip().splitlines()[-1]
     prompts = [json.loads(line)["prompt"] for line in data.read_text().splitlines()]
     assert any(shorten(p) in said for p in prompts), said
+
+
+def test_prompts_that_begin_alike_are_told_apart():
+    """As all do that stand under one system message, in texts and in tokens under a chat template."""
+    tokenizer = chatml()
+    system, names = "You are a helpful assistant. " * 5, set()
+    for question in ("Why is the sky blue?", "Why is grass green?"):
+        turns = [{"role": "system", "content": system}, {"role": "user", "content": question}]
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        for name in (PromptGroup(turns, (1,), "train", {}).name, words_of(tokenizer, Tree(tuple(ids), ((1,),)))):
+            assert len(name) < 80
+            assert question in name
+            names.add(name)
+    assert len(names) == 4

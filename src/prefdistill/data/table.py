@@ -60,7 +60,7 @@ class PromptGroup:
 
     @property
     def name(self) -> str:
-        """How a message calls the prompt: its first words, in quotes."""
+        """How a message calls the prompt: its first and last words, in quotes."""
         return shorten(prompt_text(self.prompt))
 
     @property
@@ -77,9 +77,11 @@ class PromptGroup:
 
 
 def shorten(text: str) -> str:
-    """A text's first words, in quotes, as messages show them."""
+    """A text's first and last words, in quotes, as messages show them: many prompts begin, or end, alike."""
     text = " ".join(text.split())
-    return json.dumps(text if len(text) <= NAME_LENGTH else text[:NAME_LENGTH] + "...", ensure_ascii=False)
+    if len(text) > NAME_LENGTH:
+        text = f"{text[: NAME_LENGTH // 2]} ... {text[-NAME_LENGTH // 2 :]}"
+    return json.dumps(text, ensure_ascii=False)
 
 
 class Groups(Sequence[PromptGroup]):

@@ -44,8 +44,8 @@ _SHARED = re.compile(r"-[0-9a-f]{12}$")  # ends the names of columns that runs s
 
 
 def words_of(tokenizer: Any, tree: Tree) -> str:
-    """A prompt's first words, in quotes."""
-    return shorten(tokenizer.decode(tree.prompt_ids))
+    """A prompt's first and last words, in quotes."""
+    return shorten(tokenizer.decode(tree.prompt_ids, skip_special_tokens=True))  # else all would end in a template's
 
 
 @dataclass
