@@ -6,9 +6,11 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import random
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import typing
@@ -52,7 +54,11 @@ NOT_RUN = {
     "make test": "runs this test",
     "make setup": "makes an environment from the network; CI has done so before it comes here",
     "source .venv/bin/activate": "of the shell alone",
-    "torchrun --nproc-per-node 2 -m prefdistill run examples/pairs.yaml": "starts processes; test_processes.py does so",
+}
+# How launchers are started here, in two processes on a processor, and on a port that is free.
+LAUNCHERS = {
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"],
+    "accelerate launch": [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port=0"],
 }
 OF_LAUNCHERS = ("--nnodes", "--rdzv-endpoint", "--num_processes")
 # Parsed to their end, and stopped where the work would begin.
@@ -108,6 +114,7 @@ def place(tmp_path_factory, model_folder):  # noqa: F811
         for there, instead in here.items():
             content = content.replace(there, instead)
         (folder / "examples" / example.name).write_text(content, encoding="utf-8")
+    shutil.copytree(ROOT / "examples" / "accelerate", folder / "examples" / "accelerate")
     (folder / "CONFIG.yaml").write_text((folder / "examples" / "pairs.yaml").read_text())
     with pytest.MonkeyPatch.context() as patch, Server() as server:
         patch.chdir(folder)
@@ -120,6 +127,10 @@ def place(tmp_path_factory, model_folder):  # noqa: F811
 def carry_out(command: str, names: dict[str, str]) -> None:
     """A command as the shell would run it, in this process, made small."""
     words = [names.get(word, word) for word in shlex.split(command)]
+    for launcher, started in LAUNCHERS.items():
+        if command.startswith(launcher):
+            launch([*started, *words[len(launcher.split()) :]])
+            return
     assert words[0] == "prefdistill", f"{command!r} is no command that this test can run: see NOT_RUN"
     argv, written = words[1:], io.StringIO()
     into = None
@@ -133,6 +144,21 @@ def carry_out(command: str, names: dict[str, str]) -> None:
     if into is not None:
         assert written.getvalue(), command
         Path(into).write_text(written.getvalue(), encoding="utf-8")
+
+
+def launch(command: list[str]) -> None:
+    """A command of a launcher, made small, in two processes whatever it says, into a run directory of its own."""
+    place = command.index("-m", 3)
+    if "accelerate.commands.launch" in command:
+        command = [*command[:place], "--num_processes=2", *command[place:]]
+    flags = [f"--{option}={value}" for option, value in SMALL.items()] + ["--output_dir=runs/launched"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run([*command, *flags], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "left in all" in done.stderr, "something was done"
+    for name in ("report.html", "policy"):
+        assert (Path("runs/launched") / name).exists()
+    shutil.rmtree("runs/launched")
 
 
 class Reached(Exception):
