@@ -226,8 +226,11 @@ def test_two_processes_go_on_where_they_were_stopped(runs, made):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     running.send_signal(signal.SIGTERM)
-    running.communicate(timeout=120)
+    said = running.communicate(timeout=120)[1]
     assert running.returncode != 0
+    assert "prefdistill: terminated; the same command goes on" in said
+    assert "KeyboardInterrupt" not in said  # torchrun has a traceback of its own
+    assert not list(stopped.glob(".holder.json"))
     assert not (stopped / "policy" / "e-dpo").exists()
     said = done(launch(2, "run", *flags, f"--output_dir={stopped}"))
     assert "distill:dpo: done before" in said
