@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -129,7 +130,7 @@ def test_the_command_says_so_and_ends_with_2(data, model_folder, tmp_path, capsy
     last = said.strip().splitlines()[-1]
     assert last.startswith("prefdistill: the ")
     assert "lower learning_rate" in last
-    assert '("' in last, "prompts by their words"
+    assert re.search(r'\(".*" \(pairs\.jsonl, row \d+\)', last), "prompts by their words and rows"
     assert not (tmp_path / "run" / "policy").exists()
 
 
@@ -146,7 +147,12 @@ def test_prompts_are_named_by_their_words_in_every_stage(stage, data, model_fold
     assert main(["distill", *flags]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     prompts = [json.loads(line)["prompt"] for line in data.read_text().splitlines()]
-    assert any(shorten(p) in said for p in prompts), said
+    assert any(f"{shorten(p)} ({data.name}, row {i})" in said for i, p in enumerate(prompts, 1)), said
+
+
+def test_a_prompt_of_many_rows_is_named_by_the_first():
+    group = PromptGroup("p", (1,), "train", {}, rows=["pairs.jsonl, row 3", "pairs.jsonl, row 9", "b.csv, row 1"])
+    assert group.name == '"p" (pairs.jsonl, row 3 and 2 more)'
 
 
 def test_prompts_that_begin_alike_are_told_apart():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import sys
@@ -133,7 +134,7 @@ def parse(command: str, argv: list[str]) -> Any:
         argv = ["--config", *argv]
     # A section's option takes a file with its options too.
     sections = [f.name for f in fields(RunConfig) if is_dataclass(f.default_factory)]
-    for option, value in zip(argv, [*argv[1:], ""], strict=True):
+    for option, value in itertools.zip_longest(argv, argv[1:], fillvalue=""):
         name, given, inline = option.removeprefix("--").partition("=")
         if name in ("config", *sections) and os.path.isfile(file := inline if given else value):
             _check_file(Path(file))

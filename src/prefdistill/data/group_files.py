@@ -16,7 +16,7 @@ from prefdistill.data.formats import Text
 from prefdistill.data.on_disk import Rows, View, write_rows
 from prefdistill.data.table import Groups, PromptGroup, Response, text_key
 
-TABLE_FORMAT = 2  # of the files of `write_groups`; a change makes those of earlier versions stale
+TABLE_FORMAT = 3  # of the files of `write_groups`; a change makes those of earlier versions stale
 
 
 _RESPONSE = pa.struct(
@@ -38,6 +38,7 @@ _SCHEMA = pa.schema(
         ("extra", pa.string()),
         ("responses", pa.list_(_RESPONSE)),
         ("pairs", pa.list_(pa.list_(pa.int32()))),
+        ("rows", pa.list_(pa.string())),
     ]
 )
 
@@ -67,6 +68,7 @@ def _row(group: PromptGroup) -> dict[str, Any]:
             for r in group.responses
         ],
         "pairs": group.pairs,
+        "rows": group.rows,
     }
 
 
@@ -103,6 +105,7 @@ def _group(row: dict[str, Any]) -> PromptGroup:
             for r in row["responses"]
         ],
         [(p[0], p[1]) for p in row["pairs"]],
+        row["rows"],
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ _PROMPT = pa.schema(
     ]
 )
 _SIDE = pa.struct([("text", pa.string()), ("ids", pa.list_(pa.int32())), ("given", pa.list_(pa.float64()))])
-_PAIR = pa.schema([("chosen", _SIDE), ("rejected", _SIDE)])
+_PAIR = pa.schema([("chosen", _SIDE), ("rejected", _SIDE), ("row", pa.string())])
 
 _SAME_TOKENS = DataError("chosen and rejected are the same tokens to the policy, so it cannot learn to tell them apart")
 
@@ -116,7 +117,8 @@ def group_pairs(
             continue
         sides = ((pair.chosen, chosen, of_pair[0]), (pair.rejected, rejected, of_pair[1]))
         made = [{"text": text_key(text), "ids": ids, "given": values} for text, ids, values in sides]
-        pairs_of[number_of[key]].append(spooled.add(dict(zip(("chosen", "rejected"), made, strict=True))))
+        of_row = {"chosen": made[0], "rejected": made[1], "row": re.split(r"[\\/]", pair.where)[-1]}
+        pairs_of[number_of[key]].append(spooled.add(of_row))
     kept = [number for number, own in enumerate(pairs_of) if own]
     heads, rows = prompts.rows(), spooled.rows()
     named, cuts = heads.column("split"), heads.column("cut")
@@ -136,6 +138,7 @@ def _group(head: dict[str, Any], rows: list[dict[str, Any]]) -> PromptGroup:
             for side in (row["chosen"], row["rejected"])
         )
         group.pairs.append((first, second))
+        group.rows.append(row["row"])
     return group
 
 

@@ -53,6 +53,7 @@ class PromptGroup:
     cut: int = 0
     responses: list[Response] = field(default_factory=list)
     pairs: list[tuple[int, int]] = field(default_factory=list)
+    rows: list[str] = field(default_factory=list)  # where each pair stands in the data, without the folder
 
     @property
     def tree(self) -> Tree:
@@ -60,8 +61,9 @@ class PromptGroup:
 
     @property
     def name(self) -> str:
-        """How a message calls the prompt: its first and last words, in quotes."""
-        return shorten(prompt_text(self.prompt))
+        """How a message calls the prompt: its first and last words, in quotes, and its first row in the data."""
+        more = f" and {len(self.rows) - 1} more" if len(self.rows) > 1 else ""
+        return shorten(prompt_text(self.prompt)) + (f" ({self.rows[0]}{more})" if self.rows else "")
 
     @property
     def keys(self) -> list[str]:

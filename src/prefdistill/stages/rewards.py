@@ -102,8 +102,14 @@ def fill_rewards(run: Run, column: Column, folder: str, trees: Sequence[Tree], c
         precision=run.precision,
         pool=True,
         progress=run.progress,
-        name_of=lambda tree: words_of(encoder_of(run, folder).tokenizer, tree),
+        name_of=lambda tree: _name_of(run, folder, tree),
     )
+
+
+def _name_of(run: Run, folder: str, tree: Tree) -> str:
+    """What a message calls a prompt in a reward model's tokens."""
+    encoder = encoder_of(run, folder)
+    return run.words_of(tree) if encoder is run.encoder else words_of(encoder.tokenizer, tree)
 
 
 def _rewards_from_features(features: Column, column: Column, folder: str, trees: Sequence[Tree]) -> int:

@@ -154,7 +154,8 @@ class Run:
 
     def words_of(self, tree: Tree) -> str:
         """What a message calls the prompt of a tree in the policy's tokens."""
-        return words_of(self.tokenizer, tree)
+        named = (group.name for group in read_groups(self.groups_path) if group.ids == tree.prompt_ids)
+        return next(named, None) or words_of(self.tokenizer, tree)
 
     @cached_property
     def tokenizer_fingerprint(self) -> str:
