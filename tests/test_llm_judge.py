@@ -17,7 +17,7 @@ import openai
 import pytest
 
 from prefdistill import pipeline
-from prefdistill.cli import main
+from prefdistill.cli import main, opened
 from prefdistill.errors import DataError
 from prefdistill.evaluation.llm_judge import (
     READ_TRIES,
@@ -30,6 +30,8 @@ from prefdistill.evaluation.llm_judge import (
     figures,
     read_verdict,
 )
+from prefdistill.manifest import Manifest
+from prefdistill.stages.report import make_report
 from test_pipeline import data, model_folder, rows, small  # noqa: F401
 from tiny_models import tiny
 from tiny_tokenizers import llama3
@@ -487,3 +489,14 @@ def test_a_key_is_asked_for(data, model_folder, tmp_path, monkeypatch, capsys): 
         monkeypatch.delenv(name, raising=False)
     assert main(["judge", str(out), "--model", "m"]) == 2
     assert "OPENAI_API_KEY" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b'{"version": 1, "samp', b"[]", b'{"samples": 3}', b"\xff"])
+def test_a_damaged_verdict_is_left_out_of_the_report_by_name(content, run_folder, caplog):
+    path = run_folder / "evaluation" / "llm-judge.json"
+    path.write_bytes(content)
+    run = opened(run_folder)
+    make_report(run, Manifest(run_folder))
+    assert f"{path} is broken" in caplog.text
+    assert "run prefdistill judge again" in caplog.text
+    assert 'id="llm-judge"' not in run.report_path.read_text(encoding="utf-8")
