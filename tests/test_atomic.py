@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,17 @@ def test_what_appears_would_outlive_a_power_cut(tmp_path, monkeypatch):
     at = done.index(("appears", "folder"))
     assert {name for _, name in done[:at]} == {"inner", "a", part.name}
     assert done[at + 1 :] == [("sync", tmp_path.name)]
+    with monkeypatch.context() as patch:
+        real_remove = shutil.rmtree
+        patch.setattr(
+            shutil, "rmtree", lambda path, **how: done.append(("goes", path.name)) or real_remove(path, **how)
+        )
+        done.clear()
+        with fresh_folder(tmp_path / "folder") as part:
+            (part / "b").write_text("x")
+    assert done.index(("sync", tmp_path.name)) < next(
+        i for i, (what, name) in enumerate(done) if ".old-" in name and what == "goes"
+    )
     done.clear()
     with fresh_file(tmp_path / "file") as part:
         part.write_text("x")

@@ -330,7 +330,7 @@ def test_a_sharded_training_goes_on_where_it_was_stopped(sent, runs, sharded, tm
         child.send_signal(sent)
     said = running.communicate(timeout=120)[1]
     assert running.returncode != 0
-    assert not (tmp_path / "stopped" / "model.safetensors").exists()
+    assert not (tmp_path / "stopped" / "adapter_model.safetensors").exists()
     assert sent == signal.SIGKILL or "KeyboardInterrupt" not in said
     done(started(2, *script, str(tmp_path / "stopped"), by=by))
     assert log_of(tmp_path / "stopped") == log_of(sharded)

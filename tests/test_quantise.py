@@ -182,7 +182,7 @@ def test_rows_that_bitsandbytes_garbles_are_refused(bnb, tmp_path, monkeypatch):
         load_policy_4bit(str(tmp_path / "narrow"), precision="float32", device=CPU)
 
 
-def test_rows_that_come_back_are_used(bnb, tmp_path, monkeypatch):
+def test_rows_that_come_back_are_used(bnb, tmp_path):
     """As without bitsandbytes' own code for CPUs: its products in PyTorch, which know blocks across rows."""
     tiny("llama", num_hidden_layers=2).save_pretrained(tmp_path / "narrow")
     if not quantise.reads_back(32, CPU):

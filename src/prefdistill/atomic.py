@@ -63,14 +63,13 @@ def fresh_folder(path: Path) -> Iterator[Path]:
         yield part
         for written in [*part.rglob("*"), part]:
             _on_disk(written)
-        if path.exists():
-            old = _beside(path, "old")
+        old = _beside(path, "old") if path.exists() else None
+        if old is not None:
             os.replace(path, old)
-            os.replace(part, path)
-            shutil.rmtree(old)
-        else:
-            os.replace(part, path)
+        os.replace(part, path)
         _on_disk(path.parent)
+        if old is not None:
+            shutil.rmtree(old)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

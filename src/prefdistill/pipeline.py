@@ -85,8 +85,9 @@ def _run(job: Run, until: str | None, encoded: Callable[[], prepare.Encoded], op
     if ranks.count() > 1:
         job.precision = ranks.from_main(lambda: job.precision)  # measured once, for all
     done = ranks.from_main(lambda: [s.name for s in stages if manifest.is_done(s.name, prints[s.name])])
-    for name in done:
-        ranks.from_main(job.remove_work, prints[name])  # of a process that was killed before it could
+    if ranks.is_main():
+        for name in done:
+            job.remove_work(prints[name])  # of a process that was killed before it could
     todo = [s for s in stages if s.name not in done]
     if not todo:
         _say(f"nothing to do: all {len(stages)} stages of {job.root} are done")
