@@ -32,11 +32,9 @@ def visible(places, window) -> torch.Tensor:
         nodes += [(t, 0, i) for i in range(place.prompt)]
         for r, n in enumerate(place.responses, start=1):
             nodes += [(t, r, place.prompt + i) for i in range(n)]
-    seen = torch.zeros(len(nodes), len(nodes), dtype=torch.bool)
-    for q, (tq, rq, pq) in enumerate(nodes):
-        for k, (tk, rk, pk) in enumerate(nodes):
-            seen[q, k] = tq == tk and rk in (0, rq) and pk <= pq and (window is None or pq - pk < window)
-    return seen
+    t, r, p = torch.tensor(nodes).T
+    seen = (t[:, None] == t) & ((r == 0) | (r[:, None] == r)) & (p <= p[:, None])
+    return seen if window is None else seen & (p[:, None] - p < window)
 
 
 def dense(q, k, v, seen):

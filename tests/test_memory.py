@@ -10,7 +10,7 @@ import torch
 from prefdistill import pipeline
 from prefdistill.data.tree import Tree
 from prefdistill.errors import ConfigError
-from prefdistill.models import compiled, memory
+from prefdistill.models import compiled, memory, native
 from prefdistill.models.forward import TreeModel
 from prefdistill.models.memory import activation_bytes, needs_checkpointing, step_bytes
 from test_distill import config, examples_near, policy
@@ -118,7 +118,7 @@ def test_compiled_layers_take_the_same_steps(tmp_path):
 
 
 def test_a_missing_compiler_is_named(monkeypatch):
-    monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
+    monkeypatch.setattr(native.shutil, "which", lambda name: None)
     with pytest.raises(ConfigError, match="g\\+\\+"):
         compiled.check_compiler(torch.device("cpu"))
 

@@ -4,7 +4,8 @@ transformers hands a registered attention function the heads' queries, keys and 
 gave to the model. Here that mask is one empty cell that carries the trees' places; without them the function is
 transformers' own `sdpa`. No [T, T] mask is made: a prompt's queries go in blocks over the keys before them (the upper
 triangle is never computed), a tree's responses over their prompt and themselves. A backward pass computes a block's
-probabilities again, so that memory grows with tokens, not with their square.
+probabilities again, so that memory grows with tokens, not with their square. Where the machine can have compiled
+attention (native.py), that does the same over the same blocks.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from prefdistill.data.tree import Place
+from prefdistill.models import native
 
 NAME = "prefdistill"  # of the attention function in transformers' registry
 QUERIES = 128  # a block's
@@ -171,8 +173,10 @@ def attend(
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
     with torch.autocast(kind, enabled=False):  # the backward pass has none either
-        q = (query[0].to(dtype) * scale).transpose(0, 1).unflatten(1, (groups, -1))
-        k, v = key[0].transpose(0, 1).to(dtype), value[0].transpose(0, 1).to(dtype)
+        q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
+        if dropout == 0 and native.takes(q, k, v) and (kernel := native.kernel()) is not None:
+            return kernel.attend(q, k, v, blocks, scale).unsqueeze(0), None
+        q = (q * scale).unflatten(1, (groups, -1))
         out = _with_dropout(q, k, v, blocks, dropout) if dropout > 0 else _Attention.apply(q, k, v, blocks)
     return out.flatten(1, 2).unsqueeze(0), None
 

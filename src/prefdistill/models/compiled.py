@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
 
 import torch
 from torch import nn
 
 from prefdistill.errors import ConfigError
+from prefdistill.models.native import compiler
 
 
 def check_compiler(device: torch.device) -> None:
     """Raises ConfigError if torch.compile would find no compiler for this device's code."""
     if device.type != "cpu" or sys.platform == "win32":
         return  # a GPU's comes with torch
-    names = [os.environ.get("CXX", ""), "g++", "clang++"]
-    if not any(shutil.which(name) for name in names if name):
+    if compiler() is None:
         raise ConfigError(
             "torch.compile needs a C++ compiler, and neither $CXX, g++ nor clang++ is found; install one (Debian: "
             "apt-get install g++), or leave compile off"

@@ -1,0 +1,608 @@
+// Attention over packed trees for CPUs with bfloat16 products (AMX, or AVX-512 BF16), forward and backward.
+//
+// The same blocks as attention.py: queries [start, stop) see keys [first, middle) and [own, stop), but for what a bias of
+// 0 and -inf over the last `width` keys hides. Scores live in a cache, a few rows or keys at a time, and never in memory;
+// the forward pass keeps the logarithm of each row's sum, from which the backward pass makes the probabilities again.
+//
+// Products take their right side in panels of 16 columns with rows in pairs, as both instruction sets want it:
+// panel[k / 2][16][2]. Sums are float32. A result hangs on the number of threads and on nothing else.
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <vector>
+
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#define FAST 1
+#include <immintrin.h>
+#endif
+#if defined(FAST) && defined(__AMX_BF16__) && defined(__linux__)
+#define TILES 1
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+typedef uint16_t half;  // the bits of a bfloat16
+
+struct Block {
+    int64_t start, stop, first, middle, own, width;
+    const half* hidden;  // [stop - start, width]
+};
+
+struct Heads {  // a tensor [tokens, heads, d], its last dimension in one piece
+    half* at;
+    int64_t token, head;  // strides
+};
+
+struct Work {
+    const Block* blocks;
+    int64_t n, tokens, groups, share, d;  // share: query heads of a key head
+    float scale;
+    int32_t threads, tiles;  // tiles: whether to use AMX
+    Heads q, k, v, out, grad, dq, dk, dv;
+    float* lse;  // [tokens, query heads], in base 2
+};
+
+// 0: this machine lacks the instructions; 1: AVX-512 BF16; 2: AMX too.
+extern "C" int prefdistill_instructions() {
+#ifdef TILES
+    if (syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0) return 2;
+#endif
+#ifdef FAST
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+#ifdef FAST
+namespace {
+
+constexpr int64_t ROWS = 32;   // queries at a time
+constexpr int64_t KEYS = 128;  // at a time in the backward pass
+constexpr float LOG2E = 1.4426950408889634f;
+
+int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+template <class T>
+struct Room {  // uninitialised, aligned to cache lines
+    T* at;
+    explicit Room(int64_t n) : at(static_cast<T*>(std::aligned_alloc(64, up((n > 0 ? n : 1) * sizeof(T), 64)))) {
+        if (!at) throw std::bad_alloc();
+    }
+    ~Room() { std::free(at); }
+    Room(const Room&) = delete;
+    Room& operator=(const Room&) = delete;
+    operator T*() const { return at; }
+};
+
+// -- pieces of 16 -----------------------------------------------------------------------------------------------------
+
+__m512 wide(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+__m512 wide(const half* x) { return wide(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))); }
+__m256i narrow(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+__m512i pairs(__m256i low, __m256i high) {
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+}
+
+// 2^x for x <= 0; 0 below 2^-100, which no sum of bfloat16 would show.
+__m512 exp2_16(__m512 x) {
+    const __mmask16 seen = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-100.0f), _CMP_NLT_UQ);  // not a number stays so
+    const __m512i whole = _mm512_cvtps_epi32(x);
+    const __m512 f = _mm512_sub_ps(x, _mm512_cvtepi32_ps(whole));
+    __m512 p = _mm512_set1_ps(1.3333558e-3f);
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.6181291e-3f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.5504109e-2f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4022651e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9314718e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
+    const __m512i raised = _mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(whole, 23));
+    return _mm512_castsi512_ps(_mm512_maskz_mov_epi32(seen, raised));
+}
+
+void transpose16(__m512i r[16]) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + 2 + j]);
+            r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + 2 + j]);
+        }
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
+        t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
+        t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
+        t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
+        r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
+        r[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
+        r[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
+    }
+}
+
+// -- packing ----------------------------------------------------------------------------------------------------------
+
+// Rows of x as columns of a right side: panels [rows / 16][d / 2][16][2]. `row` gives a row, or null for zeros.
+template <class Row>
+void pack_columns(int64_t rows, int64_t d, Row row, half* to) {
+    for (int64_t p = 0; p < rows; p += 16)
+        for (int64_t c = 0; c < d; c += 32) {
+            __m512i r[16];
+            for (int i = 0; i < 16; i++) {
+                const half* x = row(p + i);
+                r[i] = x ? _mm512_loadu_si512(x + c) : _mm512_setzero_si512();
+            }
+            transpose16(r);
+            for (int i = 0; i < 16; i++) _mm512_store_si512(to + p * d + (c / 2 + i) * 32, r[i]);
+        }
+}
+
+// Rows of x as rows of a right side: panels [d / 16][rows / 2][16][2].
+template <class Row>
+void pack_rows(int64_t rows, int64_t d, Row row, half* to) {
+    const __m256i none = _mm256_setzero_si256();
+    for (int64_t r = 0; r < rows; r += 2) {
+        const half *a = row(r), *b = row(r + 1);
+        for (int64_t c = 0; c < d; c += 16) {
+            __m256i low = a ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a + c)) : none;
+            __m256i high = b ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + c)) : none;
+            _mm512_store_si512(to + c * rows + r * 16, pairs(low, high));
+        }
+    }
+}
+
+// The transpose [d, rows] of rows of x, as a left side; rows in multiples of 32.
+template <class Row>
+void transpose_rows(int64_t rows, int64_t d, Row row, half* to) {
+    const __m256i none = _mm256_setzero_si256();
+    for (int64_t p = 0; p < rows; p += 32)
+        for (int64_t c = 0; c < d; c += 16) {
+            __m512i r[16];
+            for (int i = 0; i < 16; i++) {
+                const half *a = row(p + 2 * i), *b = row(p + 2 * i + 1);
+                r[i] = pairs(a ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a + c)) : none,
+                             b ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + c)) : none);
+            }
+            transpose16(r);
+            for (int i = 0; i < 16; i++) _mm512_store_si512(to + (c + i) * rows + p, r[i]);
+        }
+}
+
+// -- products ---------------------------------------------------------------------------------------------------------
+
+#ifdef TILES
+struct alignas(64) TileConfig {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes[16] = {};
+    uint8_t rows[16] = {};
+    TileConfig() {
+        for (int i = 0; i < 8; i++) bytes[i] = 64, rows[i] = 16;
+    }
+};
+
+void product_tiles(int64_t m, int64_t n, int64_t k, const half* a, int64_t lda, const half* b, int64_t panel, float* c,
+                   int64_t ldc, bool add) {
+    for (int64_t j = 0; j < n; j += 32)
+        for (int64_t i = 0; i < m; i += 32) {
+            float *c0 = c + i * ldc + j, *c1 = c0 + 16 * ldc;
+            if (add) {
+                _tile_loadd(0, c0, ldc * 4);
+                _tile_loadd(1, c0 + 16, ldc * 4);
+                _tile_loadd(2, c1, ldc * 4);
+                _tile_loadd(3, c1 + 16, ldc * 4);
+            } else {
+                _tile_zero(0);
+                _tile_zero(1);
+                _tile_zero(2);
+                _tile_zero(3);
+            }
+            const half *a0 = a + i * lda, *a1 = a0 + 16 * lda, *b0 = b + j / 16 * panel, *b1 = b0 + panel;
+            for (int64_t s = 0; s < k; s += 32) {
+                _tile_loadd(4, a0 + s, lda * 2);
+                _tile_loadd(6, b0 + s * 16, 64);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_loadd(7, b1 + s * 16, 64);
+                _tile_dpbf16ps(1, 4, 7);
+                _tile_loadd(5, a1 + s, lda * 2);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+            _tile_stored(0, c0, ldc * 4);
+            _tile_stored(1, c0 + 16, ldc * 4);
+            _tile_stored(2, c1, ldc * 4);
+            _tile_stored(3, c1 + 16, ldc * 4);
+        }
+}
+#endif
+
+void product_vectors(int64_t m, int64_t n, int64_t k, const half* a, int64_t lda, const half* b, int64_t panel, float* c,
+                     int64_t ldc, bool add) {
+    constexpr int R = 8;
+    for (int64_t j = 0; j < n; j += 32)
+        for (int64_t i = 0; i < m; i += R) {
+            __m512 sum[R][2];
+            for (int r = 0; r < R; r++)
+                for (int h = 0; h < 2; h++)
+                    sum[r][h] = add ? _mm512_loadu_ps(c + (i + r) * ldc + j + 16 * h) : _mm512_setzero_ps();
+            const half *b0 = b + j / 16 * panel, *b1 = b0 + panel;
+            for (int64_t s = 0; s < k; s += 2) {
+                __m512bh x0 = (__m512bh)_mm512_load_si512(b0 + s * 16), x1 = (__m512bh)_mm512_load_si512(b1 + s * 16);
+                for (int r = 0; r < R; r++) {
+                    int32_t pair;
+                    std::memcpy(&pair, a + (i + r) * lda + s, 4);
+                    __m512bh y = (__m512bh)_mm512_set1_epi32(pair);
+                    sum[r][0] = _mm512_dpbf16_ps(sum[r][0], x0, y);
+                    sum[r][1] = _mm512_dpbf16_ps(sum[r][1], x1, y);
+                }
+            }
+            for (int r = 0; r < R; r++)
+                for (int h = 0; h < 2; h++) _mm512_storeu_ps(c + (i + r) * ldc + j + 16 * h, sum[r][h]);
+        }
+}
+
+// c [m, n] (+)= a [m, k] b [k, n]; m, n and k in multiples of 32, b in panels.
+void product(bool tiles, int64_t m, int64_t n, int64_t k, const half* a, int64_t lda, const half* b, int64_t panel,
+             float* c, int64_t ldc, bool add) {
+#ifdef TILES
+    if (tiles) return product_tiles(m, n, k, a, lda, b, panel, c, ldc, add);
+#endif
+    product_vectors(m, n, k, a, lda, b, panel, c, ldc, add);
+}
+
+struct Thread {  // a thread's tile registers and its rounding of the smallest numbers to 0, given back at the end
+    bool on;
+    unsigned control = _mm_getcsr();
+    explicit Thread(bool tiles) : on(tiles) {
+        _mm_setcsr(control | 0x8040);  // each of them would cost a hundred cycles
+#ifdef TILES
+        static const TileConfig config;
+        if (on) _tile_loadconfig(&config);
+#endif
+    }
+    ~Thread() {
+        _mm_setcsr(control);
+#ifdef TILES
+        if (on) _tile_release();
+#endif
+    }
+};
+
+// -- blocks -----------------------------------------------------------------------------------------------------------
+
+struct Shape {
+    int64_t queries, keys, before, seen, padded;  // seen: keys that no bias hides; padded: keys, to multiples of 32
+    explicit Shape(const Block& b)
+        : queries(b.stop - b.start),
+          keys(b.middle - b.first + b.stop - b.own),
+          before(b.middle - b.first),
+          seen(keys - b.width),
+          padded(up(keys, 32)) {}
+};
+
+int64_t token_of(const Block& b, const Shape& s, int64_t key) {
+    return key < s.before ? b.first + key : b.own + key - s.before;
+}
+
+// The keys that queries [row, row + ROWS) see are all below this, a multiple of 32.
+int64_t limit_of(const Block& b, const Shape& s, int64_t row) {
+    int64_t last = 0;
+    for (int64_t r = row; r < row + ROWS && r < s.queries; r++) {
+        int64_t w = b.width;
+        while (w > last && b.hidden[r * b.width + w - 1]) --w;
+        last = w;
+    }
+    return up(s.seen + last, 32);
+}
+
+// x + bias of keys [key, key + 16) for query `row`; -inf beyond the last key.
+__m512 biased(__m512 x, const Block& b, const Shape& s, int64_t row, int64_t key) {
+    const __m512 never = _mm512_set1_ps(-INFINITY);
+    int64_t left = s.keys - key;
+    __mmask16 real = left >= 16 ? 0xffff : left <= 0 ? 0 : (__mmask16)((1u << left) - 1);
+    int64_t skip = key < s.seen ? s.seen - key : 0;  // keys of these 16 that stand before the biased ones
+    __mmask16 hidden = skip >= 16 ? 0 : real & (__mmask16)(0xffffu << skip);
+    if (hidden) {
+        __m256i bias = _mm256_maskz_loadu_epi16(hidden, b.hidden + row * b.width + key - s.seen);
+        x = _mm512_add_ps(x, wide(bias));
+    }
+    return _mm512_mask_mov_ps(never, real, x);
+}
+
+int64_t most_keys(const Work& w) {
+    int64_t most = 0;
+    for (int64_t i = 0; i < w.n; i++) {
+        int64_t n = Shape(w.blocks[i]).padded;
+        most = n > most ? n : most;
+    }
+    return most;
+}
+
+int64_t most_queries(const Work& w) {
+    int64_t most = 0;
+    for (int64_t i = 0; i < w.n; i++) {
+        int64_t n = up(Shape(w.blocks[i]).queries, ROWS);
+        most = n > most ? n : most;
+    }
+    return most;
+}
+
+struct ForwardRoom {
+    int64_t ld;
+    Room<half> columns, rows, q, p;
+    Room<float> scores, sums;
+    ForwardRoom(int64_t keys, int64_t d)
+        : ld(keys + 16),
+          columns(keys * d),
+          rows(keys * d),
+          q(ROWS * d),
+          p(ROWS * (keys + 32)),
+          scores(ROWS * ld),
+          sums(ROWS * d) {}
+};
+
+void forward_block(const Work& w, const Block& b, int64_t group, ForwardRoom& room) {
+    const Shape s(b);
+    const int64_t d = w.d, ldp = s.padded + 32;
+    auto rows_of = [&](const Heads& x) {
+        return [&, x](int64_t key) -> const half* {
+            return key < s.keys ? x.at + token_of(b, s, key) * x.token + group * x.head : nullptr;
+        };
+    };
+    pack_columns(s.padded, d, rows_of(w.k), room.columns);
+    pack_rows(s.padded, d, rows_of(w.v), room.rows);
+    const float c = w.scale * LOG2E;
+    for (int64_t m = 0; m < s.queries; m += ROWS) {
+        const int64_t limit = limit_of(b, s, m), count = s.queries - m < ROWS ? s.queries - m : ROWS;
+        for (int64_t g = 0; g < w.share; g++) {
+            const int64_t head = group * w.share + g;
+            for (int64_t r = 0; r < ROWS; r++) {
+                half* to = room.q + r * d;
+                if (r < count)
+                    std::memcpy(to, w.q.at + (b.start + m + r) * w.q.token + head * w.q.head, d * sizeof(half));
+                else
+                    std::memset(to, 0, d * sizeof(half));
+            }
+            product(w.tiles, ROWS, limit, d, room.q, d, room.columns, d * 16, room.scores, room.ld, false);
+            float sums[ROWS];
+            for (int64_t r = 0; r < count; r++) {
+                float* x = room.scores + r * room.ld;
+                half* p = room.p + r * ldp;
+                __m512 top = _mm512_set1_ps(-INFINITY);
+                int64_t j = 0;
+                for (; j + 16 <= s.seen && j < limit; j += 16) top = _mm512_max_ps(top, _mm512_loadu_ps(x + j));
+                for (; j < limit; j += 16) {
+                    __m512 y = biased(_mm512_loadu_ps(x + j), b, s, m + r, j);
+                    _mm512_storeu_ps(x + j, y);
+                    top = _mm512_max_ps(top, y);
+                }
+                const float most = _mm512_reduce_max_ps(top) * c;
+                const __m512 shift = _mm512_set1_ps(most), factor = _mm512_set1_ps(c);
+                __m512 sum = _mm512_setzero_ps();
+                for (j = 0; j < limit; j += 16) {
+                    __m512 e = exp2_16(_mm512_fmsub_ps(_mm512_loadu_ps(x + j), factor, shift));
+                    sum = _mm512_add_ps(sum, e);
+                    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + j), narrow(e));
+                }
+                sums[r] = _mm512_reduce_add_ps(sum);
+                w.lse[(b.start + m + r) * w.groups * w.share + head] = most + std::log2(sums[r]);
+            }
+            for (int64_t r = count; r < ROWS; r++) std::memset(room.p + r * ldp, 0, limit * sizeof(half));
+            product(w.tiles, ROWS, d, limit, room.p, ldp, room.rows, s.padded * 16, room.sums, d, false);
+            for (int64_t r = 0; r < count; r++) {
+                half* to = w.out.at + (b.start + m + r) * w.out.token + head * w.out.head;
+                const __m512 share = _mm512_set1_ps(1.0f / sums[r]);
+                for (int64_t j = 0; j < d; j += 16)
+                    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + j),
+                                        narrow(_mm512_mul_ps(_mm512_load_ps(room.sums + r * d + j), share)));
+            }
+        }
+    }
+}
+
+struct BackwardRoom {
+    Room<half> k_columns, v_columns, k_rows, q, grad, q_across, grad_across, p_pairs, ds_pairs, ds;
+    Room<float> scores, dp, dq, dk, dv, lse, delta;
+    BackwardRoom(int64_t m, int64_t d, int64_t share)
+        : k_columns(KEYS * d),
+          v_columns(KEYS * d),
+          k_rows(KEYS * d),
+          q(share * m * d),
+          grad(share * m * d),
+          q_across(share * m * d),
+          grad_across(share * m * d),
+          p_pairs(m * KEYS),
+          ds_pairs(m * KEYS),
+          ds(ROWS * (KEYS + 32)),
+          scores(ROWS * (KEYS + 16)),
+          dp(ROWS * (KEYS + 16)),
+          dq(share * m * d),
+          dk(d * (KEYS + 16)),
+          dv(d * (KEYS + 16)),
+          lse(share * m),
+          delta(share * m) {}
+};
+
+// Adds the transpose of x [d, n] to the keys' places in `sums` [tokens, groups, d].
+void add_across(const Work& w, const Block& b, const Shape& s, int64_t group, int64_t key, int64_t n, const float* x,
+                int64_t ld, float* sums) {
+    for (int64_t p = 0; p < n; p += 16)
+        for (int64_t c = 0; c < w.d; c += 16) {
+            __m512i r[16];
+            for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(x + (c + i) * ld + p);
+            transpose16(r);
+            for (int i = 0; i < 16 && key + p + i < s.keys; i++) {
+                float* to = sums + (token_of(b, s, key + p + i) * w.groups + group) * w.d + c;
+                _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), _mm512_castsi512_ps(r[i])));
+            }
+        }
+}
+
+void backward_block(const Work& w, const Block& b, int64_t group, BackwardRoom& room, float* dk, float* dv) {
+    const Shape s(b);
+    const int64_t d = w.d, m = up(s.queries, ROWS), lds = KEYS + 16, ldd = KEYS + 32, part = m * d;
+    const float c = w.scale * LOG2E;
+    const __m512 factor = _mm512_set1_ps(c), scale = _mm512_set1_ps(w.scale);
+    auto keys_of = [&](const Heads& x, int64_t from) {
+        return [&, x, from](int64_t key) -> const half* {
+            key += from;
+            return key < s.keys ? x.at + token_of(b, s, key) * x.token + group * x.head : nullptr;
+        };
+    };
+    for (int64_t g = 0; g < w.share; g++) {
+        const int64_t head = group * w.share + g;
+        auto queries_of = [&](const Heads& x) {
+            return [&, x](int64_t r) -> const half* {
+                return r < s.queries ? x.at + (b.start + r) * x.token + head * x.head : nullptr;
+            };
+        };
+        auto q = queries_of(w.q), grad = queries_of(w.grad), out = queries_of(w.out);
+        transpose_rows(m, d, q, room.q_across + g * part);
+        transpose_rows(m, d, grad, room.grad_across + g * part);
+        for (int64_t r = 0; r < m; r++) {
+            half *to_q = room.q + g * part + r * d, *to_grad = room.grad + g * part + r * d;
+            if (r < s.queries) {
+                std::memcpy(to_q, q(r), d * sizeof(half));
+                std::memcpy(to_grad, grad(r), d * sizeof(half));
+                __m512 sum = _mm512_setzero_ps();
+                for (int64_t j = 0; j < d; j += 16) sum = _mm512_fmadd_ps(wide(grad(r) + j), wide(out(r) + j), sum);
+                room.delta[g * m + r] = _mm512_reduce_add_ps(sum);
+                room.lse[g * m + r] = w.lse[(b.start + r) * w.groups * w.share + head];
+            } else {
+                std::memset(to_q, 0, d * sizeof(half));
+                std::memset(to_grad, 0, d * sizeof(half));
+                room.delta[g * m + r] = 0.0f;
+                room.lse[g * m + r] = INFINITY;  // its probabilities come out as 0
+            }
+        }
+    }
+    std::memset(room.dq, 0, w.share * part * sizeof(float));
+    std::vector<int64_t> limits;
+    for (int64_t r = 0; r < m; r += ROWS) limits.push_back(limit_of(b, s, r));
+    for (int64_t from = 0; from < s.padded; from += KEYS) {
+        const int64_t n = s.padded - from < KEYS ? s.padded - from : KEYS;
+        int64_t first = 0;  // query that sees one of these keys
+        while (first < m && limits[first / ROWS] <= from) first += ROWS;
+        if (first >= m) continue;
+        pack_columns(n, d, keys_of(w.k, from), room.k_columns);
+        pack_columns(n, d, keys_of(w.v, from), room.v_columns);
+        pack_rows(n, d, keys_of(w.k, from), room.k_rows);
+        for (int64_t g = 0; g < w.share; g++) {
+            for (int64_t at = first; at < m; at += ROWS) {
+                product(w.tiles, ROWS, n, d, room.q + g * part + at * d, d, room.k_columns, d * 16, room.scores, lds, false);
+                product(w.tiles, ROWS, n, d, room.grad + g * part + at * d, d, room.v_columns, d * 16, room.dp, lds, false);
+                for (int64_t r = 0; r < ROWS; r += 2)
+                    for (int64_t j = 0; j < n; j += 16) {
+                        __m256i p[2], ds[2];
+                        for (int h = 0; h < 2; h++) {
+                            const int64_t row = at + r + h;
+                            __m512 x = _mm512_loadu_ps(room.scores + (r + h) * lds + j);
+                            if (from + j + 16 > s.seen && row < s.queries) x = biased(x, b, s, row, from + j);
+                            __m512 e = exp2_16(_mm512_fmsub_ps(x, factor, _mm512_set1_ps(room.lse[g * m + row])));
+                            __m512 y = _mm512_sub_ps(_mm512_loadu_ps(room.dp + (r + h) * lds + j),
+                                                     _mm512_set1_ps(room.delta[g * m + row]));
+                            p[h] = narrow(e);
+                            ds[h] = narrow(_mm512_mul_ps(_mm512_mul_ps(e, y), scale));
+                            _mm256_storeu_si256(reinterpret_cast<__m256i*>(room.ds + (r + h) * ldd + j), ds[h]);
+                        }
+                        const int64_t place = j * m + (at + r) * 16;
+                        _mm512_store_si512(room.p_pairs + place, pairs(p[0], p[1]));
+                        _mm512_store_si512(room.ds_pairs + place, pairs(ds[0], ds[1]));
+                    }
+                product(w.tiles, ROWS, d, n, room.ds, ldd, room.k_rows, n * 16, room.dq + g * part + at * d, d, true);
+            }
+            const half *grads = room.grad_across + g * part + first, *queries = room.q_across + g * part + first;
+            product(w.tiles, d, n, m - first, grads, m, room.p_pairs + first * 16, m * 16, room.dv, lds, g > 0);
+            product(w.tiles, d, n, m - first, queries, m, room.ds_pairs + first * 16, m * 16, room.dk, lds, g > 0);
+        }
+        add_across(w, b, s, group, from, n, room.dk, lds, dk);
+        add_across(w, b, s, group, from, n, room.dv, lds, dv);
+    }
+    for (int64_t g = 0; g < w.share; g++)
+        for (int64_t r = 0; r < s.queries; r++) {
+            half* to = w.dq.at + (b.start + r) * w.dq.token + (group * w.share + g) * w.dq.head;
+            for (int64_t j = 0; j < d; j += 16)
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + j),
+                                    narrow(_mm512_load_ps(room.dq + g * part + r * d + j)));
+        }
+}
+
+// The blocks of a tree, shared out to lanes that add up keys' gradients on their own.
+std::vector<std::vector<std::vector<int64_t>>> lanes_of(const Work& w, int64_t lanes) {
+    std::vector<std::vector<std::vector<int64_t>>> trees;
+    std::vector<int64_t> load;
+    for (int64_t i = 0; i < w.n; i++) {
+        if (i == 0 || w.blocks[i].first != w.blocks[i - 1].first) {
+            trees.emplace_back(lanes);
+            load.assign(lanes, 0);
+        }
+        int64_t least = 0;
+        for (int64_t l = 1; l < lanes; l++)
+            if (load[l] < load[least]) least = l;
+        trees.back()[least].push_back(i);
+        load[least] += Shape(w.blocks[i]).queries * Shape(w.blocks[i]).padded;
+    }
+    return trees;
+}
+
+}  // namespace
+
+extern "C" void prefdistill_forward(const Work* work) {
+    const Work& w = *work;
+    const int64_t keys = most_keys(w);
+#pragma omp parallel num_threads(w.threads)
+    {
+        Thread thread(w.tiles);
+        ForwardRoom room(keys, w.d);
+#pragma omp for schedule(dynamic) collapse(2)
+        for (int64_t i = 0; i < w.n; i++)
+            for (int64_t group = 0; group < w.groups; group++) forward_block(w, w.blocks[i], group, room);
+    }
+}
+
+extern "C" void prefdistill_backward(const Work* work) {
+    const Work& w = *work;
+    const int64_t queries = most_queries(w), size = w.tokens * w.groups * w.d;
+    int64_t trees = 0;
+    for (int64_t i = 0; i < w.n; i++) trees += i == 0 || w.blocks[i].first != w.blocks[i - 1].first;
+    int64_t lanes = (4 * w.threads + trees * w.groups - 1) / (trees * w.groups);
+    if (w.threads == 1) lanes = 1;
+    const auto shared = lanes_of(w, lanes);
+    Room<float> dk(lanes * size), dv(lanes * size);
+#pragma omp parallel num_threads(w.threads)
+    {
+        Thread thread(w.tiles);
+        BackwardRoom room(queries, w.d, w.share);
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < lanes * w.tokens; t++) {
+            std::memset(dk + t * w.groups * w.d, 0, w.groups * w.d * sizeof(float));
+            std::memset(dv + t * w.groups * w.d, 0, w.groups * w.d * sizeof(float));
+        }
+#pragma omp for schedule(dynamic) collapse(3)
+        for (int64_t tree = 0; tree < trees; tree++)
+            for (int64_t lane = 0; lane < lanes; lane++)
+                for (int64_t group = 0; group < w.groups; group++)
+                    for (int64_t i : shared[tree][lane])
+                        backward_block(w, w.blocks[i], group, room, dk + lane * size, dv + lane * size);
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < w.tokens; t++)
+            for (int64_t group = 0; group < w.groups; group++)
+                for (int64_t j = 0; j < w.d; j += 16) {
+                    const int64_t at = (t * w.groups + group) * w.d + j;
+                    __m512 x = _mm512_loadu_ps(dk + at), y = _mm512_loadu_ps(dv + at);
+                    for (int64_t lane = 1; lane < lanes; lane++) {
+                        x = _mm512_add_ps(x, _mm512_loadu_ps(dk + lane * size + at));
+                        y = _mm512_add_ps(y, _mm512_loadu_ps(dv + lane * size + at));
+                    }
+                    _mm256_storeu_si256(reinterpret_cast<__m256i*>(w.dk.at + t * w.dk.token + group * w.dk.head + j), narrow(x));
+                    _mm256_storeu_si256(reinterpret_cast<__m256i*>(w.dv.at + t * w.dv.token + group * w.dv.head + j), narrow(y));
+                }
+    }
+}
+#endif
