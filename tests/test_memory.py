@@ -10,9 +10,10 @@ import torch
 from prefdistill import pipeline
 from prefdistill.data.tree import Tree
 from prefdistill.errors import ConfigError
-from prefdistill.models import compiled, memory, native
+from prefdistill.models import compiled, memory
 from prefdistill.models.forward import TreeModel
 from prefdistill.models.memory import activation_bytes, needs_checkpointing, step_bytes
+from prefdistill.native import library
 from test_distill import config, examples_near, policy
 from test_pipeline import data, model_folder, small  # noqa: F401
 from tiny_models import tiny
@@ -118,7 +119,7 @@ def test_compiled_layers_take_the_same_steps(tmp_path):
 
 
 def test_a_missing_compiler_is_named(monkeypatch):
-    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    monkeypatch.setattr(library.shutil, "which", lambda name: None)
     with pytest.raises(ConfigError, match="g\\+\\+"):
         compiled.check_compiler(torch.device("cpu"))
 

@@ -1,4 +1,4 @@
-"""Compiled attention against a dense mask in float64, and what happens where it cannot be compiled."""
+"""What is compiled for this CPU against float64, and what happens where nothing can be compiled."""
 
 from __future__ import annotations
 
@@ -11,24 +11,29 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from prefdistill.models import native
+from prefdistill.data.tree import Tree
 from prefdistill.models.attention import attend, blocks_of, carrier_mask
+from prefdistill.models.forward import TreeModel
+from prefdistill.native import attention, library
+from prefdistill.native.elementwise import Gate, Norm
+from prefdistill.native.library import Library
 from test_attention import dense, places_of, visible
 
-KERNEL = native.kernel()
-needs_kernel = pytest.mark.skipif(KERNEL is None, reason="no compiler, or a CPU without bfloat16 products")
+LIBRARY = library.library()
+needs_kernel = pytest.mark.skipif(LIBRARY is None, reason="no compiler, or a CPU without bfloat16 products")
 CPU = torch.device("cpu")
 
 # Longer than a block of 128 queries, than 128 keys and than a row of 32, and shorter than all of them.
 lengths = st.tuples(st.integers(1, 300), st.lists(st.integers(1, 150), min_size=1, max_size=4).map(tuple))
 
 
-def kernels() -> list[native.Kernel]:
+def libraries() -> list[Library]:
     """This machine's, and the same without AMX."""
-    if KERNEL is None:
+    if LIBRARY is None:
         return []
-    return [KERNEL, dataclasses.replace(KERNEL, tiles=False)] if KERNEL.tiles else [KERNEL]
+    return [LIBRARY, dataclasses.replace(LIBRARY, tiles=False)] if LIBRARY.tiles else [LIBRARY]
 
 
 def drawn(tokens: int, heads: int, *, d: int, seed: int, scale: float = 1.0) -> torch.Tensor:
@@ -36,8 +41,8 @@ def drawn(tokens: int, heads: int, *, d: int, seed: int, scale: float = 1.0) -> 
     return (scale * torch.randn(tokens, heads, d, generator=g)).bfloat16()
 
 
-def both(kernel, shapes, *, window=None, heads=(6, 3), d=32, seed=0):
-    """What comes out and its gradients: of the kernel, and in float64 of the same numbers."""
+def both(compiled, shapes, *, window=None, heads=(6, 3), d=32, seed=0):
+    """What comes out and its gradients: of the library, and in float64 of the same numbers."""
     places = places_of(shapes)
     tokens = places[-1].end
     values = [
@@ -46,7 +51,7 @@ def both(kernel, shapes, *, window=None, heads=(6, 3), d=32, seed=0):
     ]
     grad = drawn(tokens, heads[0], d=d, seed=seed + 7)
     inputs = [x.clone().requires_grad_() for x in values]
-    ours = kernel.attend(*inputs, blocks_of(places, window=window), d**-0.5)
+    ours = attention.attend(compiled, *inputs, blocks_of(places, window=window), d**-0.5)
     found = [ours, *torch.autograd.grad(ours, inputs, grad)]
     wide = [x.double().requires_grad_() for x in values]
     truth = dense(*(x.transpose(0, 1)[None] for x in wide), visible(places, window))[0]
@@ -63,9 +68,9 @@ def both(kernel, shapes, *, window=None, heads=(6, 3), d=32, seed=0):
     seed=st.integers(0, 99),
 )
 def test_equals_dense_attention_with_its_gradients(window, shapes, heads, d, seed):
-    for kernel in kernels():
-        for ours, truth in zip(*both(kernel, shapes, window=window, heads=heads, d=d, seed=seed), strict=True):
-            # bfloat16 rounds by 2^-9 at most; probabilities, their gradients and what comes out are rounded once each.
+    for compiled in libraries():
+        for ours, truth in zip(*both(compiled, shapes, window=window, heads=heads, d=d, seed=seed), strict=True):
+            # Probabilities, their gradients and what comes out are rounded once each, by 2^-8 at most.
             assert (ours.double() - truth).norm() <= 0.01 * truth.norm() + 1e-3
             assert (ours.double() - truth).abs().max() <= 0.03 * truth.abs().max()
 
@@ -75,21 +80,21 @@ def test_a_tree_hangs_on_no_other_and_a_call_on_no_earlier_one():
     """Margins are zero to the bit before training, whatever batch a reference's log-probs were computed in."""
     small, large = [(140, (30, 40))], [(140, (30, 40)), (200, (130, 5)), (1, (1,))]
     q, k, v = (drawn(547, n, d=64, seed=n) for n in (4, 2, 2))
-    for kernel in kernels():
-        alone = kernel.attend(q[:210], k[:210], v[:210], blocks_of(places_of(small)), 0.125)
+    for compiled in libraries():
+        alone = attention.attend(compiled, q[:210], k[:210], v[:210], blocks_of(places_of(small)), 0.125)
         for _ in range(3):
-            assert torch.equal(kernel.attend(q, k, v, blocks_of(places_of(large)), 0.125)[:210], alone)
+            assert torch.equal(attention.attend(compiled, q, k, v, blocks_of(places_of(large)), 0.125)[:210], alone)
 
 
 @needs_kernel
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_threads_change_rounding_alone_and_the_same_number_nothing(threads):
-    kernel = kernels()[0]
+    compiled = libraries()[0]
     before = torch.get_num_threads()
-    truth = both(kernel, [(300, (40, 60))])[0]
+    truth = both(compiled, [(300, (40, 60))])[0]
     try:
         torch.set_num_threads(threads)
-        first, again = (both(kernel, [(300, (40, 60))])[0] for _ in range(2))
+        first, again = (both(compiled, [(300, (40, 60))])[0] for _ in range(2))
     finally:
         torch.set_num_threads(before)
     for a, b, c in zip(first, again, truth, strict=True):
@@ -102,7 +107,7 @@ def test_blocks_of_another_row_are_refused():
     q, k, v = (drawn(45, n, d=32, seed=n) for n in (2, 1, 1))
     for blocks in (blocks_of(places_of([(40, (3, 3))])), blocks_of(places_of([(40, (3,))]))):
         with pytest.raises(ValueError, match="do not fit queries"):
-            KERNEL.attend(q, k, v, blocks, 1.0)
+            attention.attend(LIBRARY, q, k, v, blocks, 1.0)
 
 
 @needs_kernel
@@ -110,8 +115,8 @@ def test_what_is_not_finite_is_not_hidden():
     places = places_of([(40, (3, 2))])
     q, k, v = (drawn(45, n, d=32, seed=n) for n in (2, 1, 1))
     q[20] = float("nan")
-    for kernel in kernels():
-        out = kernel.attend(q, k, v, blocks_of(places), 1.0)
+    for compiled in libraries():
+        out = attention.attend(compiled, q, k, v, blocks_of(places), 1.0)
         assert out[20].isnan().all()
         assert out[:20].isfinite().all()
         assert out[21:].isfinite().all()
@@ -123,15 +128,15 @@ def test_scores_far_apart_are_a_choice_of_one_key():
     q, k, v = torch.zeros(202, 1, 32), torch.zeros(202, 1, 32), torch.randn(202, 1, 32)
     q[:, :, 0], k[17, :, 0] = 1e4, 1e4
     q, k, v = (x.bfloat16() for x in (q, k, v))
-    for kernel in kernels():
-        out = kernel.attend(q, k, v, blocks_of(places), 1.0)
+    for compiled in libraries():
+        out = attention.attend(compiled, q, k, v, blocks_of(places), 1.0)
         assert torch.equal(out[17:], v[17].expand(185, 1, 32))
 
 
 @needs_kernel
 def test_the_model_attends_by_it_under_autocast(monkeypatch):
     calls = []
-    monkeypatch.setattr(native, "kernel", lambda: calls.append(1) or KERNEL)
+    monkeypatch.setattr("prefdistill.models.attention.library", lambda: calls.append(1) or LIBRARY)
     places = places_of([(40, (3, 2))])
     mask = carrier_mask(places, window=None, device=CPU)
     for d, dtype, counted in ((32, torch.bfloat16, 1), (32, torch.float32, 0), (40, torch.bfloat16, 0)):
@@ -143,6 +148,105 @@ def test_the_model_attends_by_it_under_autocast(monkeypatch):
         torch.testing.assert_close(ours.double(), truth, atol=0.03, rtol=0.03)
 
 
+# -- gates and norms ------------------------------------------------------------------------------------------------
+
+
+@needs_kernel
+@given(n=st.integers(1, 9000), seed=st.integers(0, 99), scale=st.sampled_from([0.01, 1.0, 30.0]))
+@settings(max_examples=40, deadline=None)
+def test_gates_equal_their_formula_with_its_gradients(n, seed, scale):
+    g = torch.Generator().manual_seed(seed)
+    gate, up, grad = ((s * torch.randn(n, generator=g)).bfloat16() for s in (scale, 1.0, 1.0))
+    found, truth = [], []
+    for values, results in (((gate, up, grad), found), ((gate.double(), up.double(), grad.double()), truth)):
+        x, y = values[0].requires_grad_(), values[1].requires_grad_()
+        out = Gate.apply(x, y, LIBRARY) if results is found else nn.functional.silu(x) * y
+        results += [out, *torch.autograd.grad(out, (x, y), values[2])]
+    for ours, exact in zip(found, truth, strict=True):
+        # One rounding to bfloat16, by 2^-8 at most, beside float32's own.
+        torch.testing.assert_close(ours.double(), exact, rtol=2**-7.9, atol=1e-6 * scale)
+
+
+@needs_kernel
+def test_gates_of_numbers_that_are_none_or_huge():
+    gate = torch.tensor([float("nan"), 1e30, -1e30, float("inf"), 0.0, 2.0]).bfloat16()
+    up = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, float("nan")]).bfloat16()
+    out = Gate.apply(gate, up, LIBRARY)
+    assert out.isnan().tolist() == [True, False, False, False, False, True]
+    assert out[1] == gate[1]
+    assert out[2:5].tolist() == [0.0, float("inf"), 0.0]
+
+
+@needs_kernel
+@given(rows=st.integers(1, 40), d=st.integers(1, 200), seed=st.integers(0, 99), scale=st.sampled_from([1e-3, 1.0, 1e3]))
+@settings(max_examples=40, deadline=None)
+def test_norms_equal_their_formula_with_its_gradients(rows, d, seed, scale):
+    g = torch.Generator().manual_seed(seed)
+    x, weight = scale * torch.randn(rows, d, generator=g), 1 + torch.randn(d, generator=g)
+    grad = torch.randn(rows, d, generator=g).bfloat16()
+    found, truth = [], []
+    for a, w, up, results in ((x, weight, grad, found), (x.double(), weight.double(), grad.double(), truth)):
+        a, w = a.requires_grad_(), w.requires_grad_()
+        out = Norm.apply(a, w, 1e-6, LIBRARY) if results is found else rms(a, w, 1e-6)
+        results += [out, *torch.autograd.grad(out, (a, w), up)]
+    torch.testing.assert_close(found[0].double(), truth[0], rtol=2**-7.9, atol=1e-30)
+    # Gradients are float32, and sums in which terms of these sizes may cancel.
+    steepest = (x.detach().pow(2).mean(-1) + 1e-6).rsqrt().max()
+    sizes = (weight.detach() * grad).abs().max() * steepest, grad.float().abs().sum(0).max() * d**0.5
+    for ours, exact, size in zip(found[1:], truth[1:], sizes, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=0, atol=1e-5 * float(size))
+
+
+def rms(x, weight, eps):
+    return weight * x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+
+
+@needs_kernel
+def test_frozen_norms_ask_for_no_gradient():
+    x, weight = torch.randn(3, 32, requires_grad=True), torch.ones(32)
+    Norm.apply(x, weight, 1e-6, LIBRARY).sum().backward()
+    assert x.grad is not None
+    assert weight.grad is None
+
+
+@needs_kernel
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_model_takes_them_all_and_gives_what_pytorch_gives(monkeypatch, checkpointing):
+    """Log-probs and gradients of a Llama under autocast, to bfloat16's rounding."""
+    trees = [Tree((5, 6, 7, 8), ((20, 21, 22, 2), (23, 2))), Tree((9,), ((30, 31),))]
+    places = [f"prefdistill.models.{name}.library" for name in ("attention", "gates", "norms")]
+    called = set()
+    results = []
+    for compiled in (None, LIBRARY):
+        for place in places:
+            monkeypatch.setattr(
+                place, lambda place=place, compiled=compiled: compiled and (called.add(place) or compiled)
+            )
+        torch.manual_seed(0)
+        raw = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=64,
+                hidden_size=128,
+                intermediate_size=96,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                attn_implementation="sdpa",
+            )
+        ).train()
+        if checkpointing:
+            raw.gradient_checkpointing_enable()
+        model = TreeModel(raw)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logps = model.logps(model.collate(trees))
+        logps.sum().backward()
+        results.append((logps.detach(), torch.cat([p.grad.flatten() for p in raw.parameters()])))
+    assert called == set(places)
+    (logps, grads), (ours, our_grads) = results
+    torch.testing.assert_close(ours, logps, atol=0.05, rtol=0.01)
+    assert (our_grads - grads).norm() <= 0.03 * grads.norm()
+
+
 # -- where it cannot be ---------------------------------------------------------------------------------------------
 
 
@@ -150,15 +254,15 @@ def test_the_model_attends_by_it_under_autocast(monkeypatch):
 def fresh(monkeypatch, tmp_path):
     """A cache of its own, empty, and nothing remembered."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native.kernel.cache_clear()
+    library.library.cache_clear()
     yield tmp_path / "prefdistill"
-    native.kernel.cache_clear()
+    library.library.cache_clear()
 
 
 def test_without_a_compiler_pytorch_attends(fresh, monkeypatch, caplog):
-    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    monkeypatch.setattr(library.shutil, "which", lambda name: None)
     caplog.set_level(logging.INFO)
-    assert native.kernel() is None
+    assert library.library() is None
     assert "no C++ compiler" in caplog.text
     places = places_of([(40, (3, 2))])
     q, k, v = (torch.randn(1, n, 45, 32).bfloat16() for n in (4, 2, 2))
@@ -168,33 +272,33 @@ def test_without_a_compiler_pytorch_attends(fresh, monkeypatch, caplog):
 
 
 def test_a_compiler_that_fails_is_said_and_pytorch_attends(fresh, monkeypatch, caplog, tmp_path):
-    if native.compiler() is None:
+    if library.compiler() is None:
         pytest.skip("no compiler")
-    broken = tmp_path / "attention.cpp"
-    broken.write_text("int prefdistill_instructions( {", encoding="utf-8")
-    monkeypatch.setattr(native, "SOURCE", broken)
-    assert native.kernel() is None
-    assert "PyTorch's products do it" in caplog.text
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "broken.cpp").write_text("int prefdistill_instructions( {", encoding="utf-8")
+    monkeypatch.setattr(library, "FOLDER", tmp_path / "source")
+    assert library.library() is None
+    assert "PyTorch's operations do the work" in caplog.text
     assert "error" in caplog.text
     assert not list(fresh.iterdir())
 
 
 @needs_kernel
 def test_it_is_compiled_once_and_a_damaged_file_again(fresh, monkeypatch, tmp_path):
-    assert native.kernel() is not None
+    assert library.library() is not None
     (file,) = fresh.iterdir()
-    native.kernel.cache_clear()
+    library.library.cache_clear()
     with monkeypatch.context() as patched:
         run, asked = subprocess.run, []
-        patched.setattr(native.subprocess, "run", lambda c, **o: asked.append(c) or run(c, **o))
-        assert native.kernel() is not None
+        patched.setattr(library.subprocess, "run", lambda c, **o: asked.append(c) or run(c, **o))
+        assert library.library() is not None
     assert [c[1:] for c in asked] == [["--version"]]
-    native.kernel.cache_clear()
+    library.library.cache_clear()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
     damaged = tmp_path / "other" / "prefdistill" / file.name
     damaged.parent.mkdir(parents=True)
     damaged.write_bytes(b"no library")
-    assert native.kernel() is not None
+    assert library.library() is not None
     assert damaged.stat().st_size == file.stat().st_size
 
 
@@ -203,5 +307,5 @@ def test_a_cache_that_cannot_be_written_is_said(fresh, monkeypatch, caplog, tmp_
     blocked = tmp_path / "file"
     blocked.write_text("", encoding="utf-8")
     monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
-    assert native.kernel() is None
-    assert "PyTorch's products do it" in caplog.text
+    assert library.library() is None
+    assert "PyTorch's operations do the work" in caplog.text

@@ -5,7 +5,7 @@ gave to the model. Here that mask is one empty cell that carries the trees' plac
 transformers' own `sdpa`. No [T, T] mask is made: a prompt's queries go in blocks over the keys before them (the upper
 triangle is never computed), a tree's responses over their prompt and themselves. A backward pass computes a block's
 probabilities again, so that memory grows with tokens, not with their square. Where the machine can have compiled
-attention (native.py), that does the same over the same blocks.
+code (native/), that does the same over the same blocks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from prefdistill.data.tree import Place
-from prefdistill.models import native
+from prefdistill.native import attention as native
+from prefdistill.native.library import library
 
 NAME = "prefdistill"  # of the attention function in transformers' registry
 QUERIES = 128  # a block's
@@ -174,8 +175,8 @@ def attend(
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
     with torch.autocast(kind, enabled=False):  # the backward pass has none either
         q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
-        if dropout == 0 and native.takes(q, k, v) and (kernel := native.kernel()) is not None:
-            return kernel.attend(q, k, v, blocks, scale).unsqueeze(0), None
+        if dropout == 0 and native.takes(q, k, v) and (compiled := library()) is not None:
+            return native.attend(compiled, q, k, v, blocks, scale).unsqueeze(0), None
         q = (q * scale).unflatten(1, (groups, -1))
         out = _with_dropout(q, k, v, blocks, dropout) if dropout > 0 else _Attention.apply(q, k, v, blocks)
     return out.flatten(1, 2).unsqueeze(0), None

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from prefdistill.errors import ConfigError
-from prefdistill.models.native import compiler
+from prefdistill.native.library import compiler
 
 
 def check_compiler(device: torch.device) -> None:

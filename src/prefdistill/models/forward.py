@@ -23,6 +23,7 @@ from prefdistill.errors import ConfigError
 from prefdistill.models.allocator import keep_freed_memory
 from prefdistill.models.attention import carrier_mask, give_back, take_over
 from prefdistill.models.backbone import backbone_of, device_of, unwrap
+from prefdistill.models.gates import fuse_gates
 from prefdistill.models.head import Scaling, head_logps
 from prefdistill.models.norms import lighten_norms
 
@@ -59,6 +60,7 @@ class TreeModel:
                 self._mask_form = _mask_forms(self.config)[0]
         if device_of(model).type == "cpu":
             keep_freed_memory()
+        fuse_gates(self.backbone)
         lighten_norms(self.backbone)  # for scoring as for training: a policy's first margins are zero to the bit
         self._own_logits = not _head_is_known(self)
 

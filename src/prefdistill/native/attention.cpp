@@ -8,23 +8,18 @@
 // panel[k / 2][16][2]. Sums are float32. A result hangs on the number of threads and on nothing else.
 
 #include <cmath>
-#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <new>
 #include <vector>
 
-#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
-#define FAST 1
-#include <immintrin.h>
-#endif
+#include "vectors.h"
+
 #if defined(FAST) && defined(__AMX_BF16__) && defined(__linux__)
 #define TILES 1
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
-
-typedef uint16_t half;  // the bits of a bfloat16
 
 struct Block {
     int64_t start, stop, first, middle, own, width;
@@ -62,7 +57,6 @@ namespace {
 
 constexpr int64_t ROWS = 32;   // queries at a time
 constexpr int64_t KEYS = 128;  // at a time in the backward pass
-constexpr float LOG2E = 1.4426950408889634f;
 
 int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -78,28 +72,10 @@ struct Room {  // uninitialised, aligned to cache lines
     operator T*() const { return at; }
 };
 
-// -- pieces of 16 -----------------------------------------------------------------------------------------------------
+// -- pieces of 16 x 16 -----------------------------------------------------------------------------------------------
 
-__m512 wide(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
-__m512 wide(const half* x) { return wide(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))); }
-__m256i narrow(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
 __m512i pairs(__m256i low, __m256i high) {
     return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
-}
-
-// 2^x for x <= 0; 0 below 2^-100, which no sum of bfloat16 would show.
-__m512 exp2_16(__m512 x) {
-    const __mmask16 seen = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-100.0f), _CMP_NLT_UQ);  // not a number stays so
-    const __m512i whole = _mm512_cvtps_epi32(x);
-    const __m512 f = _mm512_sub_ps(x, _mm512_cvtepi32_ps(whole));
-    __m512 p = _mm512_set1_ps(1.3333558e-3f);
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.6181291e-3f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.5504109e-2f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4022651e-1f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9314718e-1f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
-    const __m512i raised = _mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(whole, 23));
-    return _mm512_castsi512_ps(_mm512_maskz_mov_epi32(seen, raised));
 }
 
 void transpose16(__m512i r[16]) {
@@ -260,7 +236,7 @@ struct Thread {  // a thread's tile registers and its rounding of the smallest n
     bool on;
     unsigned control = _mm_getcsr();
     explicit Thread(bool tiles) : on(tiles) {
-        _mm_setcsr(control | 0x8040);  // each of them would cost a hundred cycles
+        _mm_setcsr(control | FLUSH);
 #ifdef TILES
         static const TileConfig config;
         if (on) _tile_loadconfig(&config);

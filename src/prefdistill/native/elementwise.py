@@ -1,0 +1,80 @@
+"""Gates and norms by the compiled library, each in one pass over memory."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefdistill.native.library import Library
+
+
+def _at(x: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(x.data_ptr())
+
+
+def _size(n: int) -> ctypes.c_int64:
+    return ctypes.c_int64(n)
+
+
+def _threads() -> ctypes.c_int32:
+    return ctypes.c_int32(torch.get_num_threads())
+
+
+class Gate(torch.autograd.Function):
+    """silu(gate) * up of two bfloat16 tensors of one shape; rounded once, where PyTorch rounds twice."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, library: Library) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        out = torch.empty_like(gate)
+        library.handle.prefdistill_gate(_at(gate), _at(up), _at(out), _size(gate.numel()), _threads())
+        ctx.save_for_backward(gate, up)
+        ctx.library = library
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        grad, d_gate, d_up = grad.contiguous(), torch.empty_like(gate), torch.empty_like(up)
+        ctx.library.handle.prefdistill_gate_backward(
+            *map(_at, (gate, up, grad, d_gate, d_up)), _size(gate.numel()), _threads()
+        )
+        return d_gate, d_up, None
+
+
+class Norm(torch.autograd.Function):
+    """weight * x / sqrt(mean(x^2) + eps) along the last dimension: bfloat16 from float32 states."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, library: Library) -> Tensor:
+        x, weight = x.contiguous(), weight.contiguous()
+        out, scale = torch.empty_like(x, dtype=torch.bfloat16), x.new_empty(x.shape[:-1])
+        library.handle.prefdistill_norm(
+            *map(_at, (x, weight, out, scale)),
+            _size(scale.numel()),
+            _size(x.shape[-1]),
+            ctypes.c_float(eps),
+            _threads(),
+        )
+        ctx.save_for_backward(x, weight, scale)
+        ctx.library = library
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, scale = ctx.saved_tensors
+        grad, d_x, d = grad.contiguous(), torch.empty_like(x), x.shape[-1]
+        d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        parts = x.new_empty(torch.get_num_threads(), d)
+        ctx.library.handle.prefdistill_norm_backward(
+            *map(_at, (x, weight, scale, grad, d_x)),
+            None if d_weight is None else _at(d_weight),
+            _at(parts),
+            _size(scale.numel()),
+            _size(d),
+            _threads(),
+        )
+        return d_x, d_weight, None, None

@@ -1,0 +1,106 @@
+"""What is compiled for this machine's CPU: the C++ beside this file, for bfloat16 with AMX or AVX-512 BF16.
+
+The machine's own compiler makes one library of it in some seconds, kept in the user's cache. Where there is no compiler
+or the CPU lacks the instructions, PyTorch's operations do the work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+FOLDER = Path(__file__).parent
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++17", "-w")
+PATIENCE = 120  # seconds for the compiler, which needs a few
+
+
+@dataclass(frozen=True)
+class Library:
+    """The compiled code.
+
+    Attributes:
+        tiles: whether it may use AMX.
+    """
+
+    handle: Any
+    tiles: bool
+
+
+def compiler() -> str | None:
+    """The C++ compiler that torch.compile would use too: $CXX, g++ or clang++."""
+    names = [os.environ.get("CXX", ""), "g++", "clang++"]
+    return next((found for name in names if name and (found := shutil.which(name))), None)
+
+
+@lru_cache(maxsize=1)
+def library() -> Library | None:
+    """The code for this machine, compiled if need be; None, said in the log, where the machine cannot have it."""
+    cxx = compiler()
+    if cxx is None:
+        logger.info("nothing is compiled for this CPU, PyTorch's operations do the work: no C++ compiler is found")
+        return None
+    try:
+        file = _file(cxx)
+        if not file.exists():
+            _compile(cxx, file)
+        try:
+            handle = ctypes.CDLL(str(file))
+        except OSError:  # a damaged file in the cache
+            _compile(cxx, file)
+            handle = ctypes.CDLL(str(file))
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        logger.warning(
+            "nothing is compiled for this CPU, PyTorch's operations do the work, which is slower: %s",
+            said.strip()[-500:],
+        )
+        return None
+    level = int(handle.prefdistill_instructions())
+    if level == 0:
+        logger.info(
+            "nothing is compiled for this CPU, PyTorch's operations do the work: this CPU has no products of bfloat16"
+        )
+        return None
+    return Library(handle, tiles=level == 2)
+
+
+def _file(cxx: str) -> Path:
+    """Where the library is kept; the name tells source, compiler, flags and CPU apart."""
+    version = subprocess.run([cxx, "--version"], check=True, capture_output=True, text=True).stdout
+    known = "\0".join([*(f.read_text(encoding="utf-8") for f in _sources("*")), cxx, version, *FLAGS, _cpu()])
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prefdistill"
+    return home / f"native-{hashlib.sha256(known.encode()).hexdigest()[:16]}.so"
+
+
+def _sources(pattern: str) -> list[Path]:
+    return sorted(f for f in FOLDER.glob(pattern) if f.suffix in (".cpp", ".h"))
+
+
+def _compile(cxx: str, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        made = Path(folder) / file.name
+        command = [cxx, *FLAGS, "-o", str(made), *map(str, _sources("*.cpp"))]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE)
+        made.replace(file)  # whole or not at all: others may compile at the same time
+
+
+def _cpu() -> str:
+    """What tells this CPU's instructions from another's that shares the cache."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    return (
+        "\n".join(sorted({line for line in lines if line.startswith(("flags", "model name"))})) or platform.processor()
+    )
