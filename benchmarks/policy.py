@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset
@@ -15,6 +16,7 @@ from benchmarks.shapes import Prompt, policy_of, rows_of, tokenizer_of
 from benchmarks.steps import Step, stepper
 from prefdistill.models.forward import TreeModel
 from prefdistill.models.loading import add_lora
+from prefdistill.native.library import library
 from prefdistill.training.distill import DistillConfig, DistillExample, DistillTrainer
 
 BETA = 0.1
@@ -47,8 +49,15 @@ def ours(
     members: int = 0,
     compiled: bool = False,
     lora_rank: int = 0,
+    native: Literal["kept", "anew", "none"] = "kept",
 ) -> Step:
-    """A step over `batch_prompts` prompts with all their pairs; reference log-probs are a column."""
+    """A step over `batch_prompts` prompts with all their pairs; reference log-probs are a column.
+
+    Args:
+        native: whether code for the CPU is there, compiled in the first step, or PyTorch's operations are all there is.
+    """
+    if native == "none":
+        os.environ["PREFDISTILL_NATIVE"] = "0"
     policy = policy_of(size)
     model = TreeModel(policy.eval())
     logps: list[list[float]] = []
@@ -74,6 +83,9 @@ def ours(
     )
     trained: Any = add_lora(policy, rank=lora_rank, task="CAUSAL_LM") if lora_rank else policy
     trainer = DistillTrainer(trained, arguments, examples=examples)
+    if native == "anew":
+        os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # in the side's own scratch folder, which goes with it
+        library.cache_clear()
     items = list(trainer.train_dataset)  # type: ignore[arg-type]
     return stepper(trainer, [items[i : i + batch_prompts] for i in range(0, len(items), batch_prompts)])
 

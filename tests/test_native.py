@@ -259,6 +259,19 @@ def fresh(monkeypatch, tmp_path):
     library.library.cache_clear()
 
 
+@needs_kernel
+def test_the_environment_can_ask_for_none_or_for_no_amx(fresh, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    for most, tiles in (("AVX512_CORE_BF16", False), ("AVX512_CORE_AMX", LIBRARY.tiles), ("default", LIBRARY.tiles)):
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", most)
+        library.library.cache_clear()
+        assert library.library().tiles == tiles
+    monkeypatch.setenv("PREFDISTILL_NATIVE", "0")
+    library.library.cache_clear()
+    assert library.library() is None
+    assert "PREFDISTILL_NATIVE is 0" in caplog.text
+
+
 def test_without_a_compiler_pytorch_attends(fresh, monkeypatch, caplog):
     monkeypatch.setattr(library.shutil, "which", lambda name: None)
     caplog.set_level(logging.INFO)

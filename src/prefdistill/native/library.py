@@ -46,7 +46,14 @@ def compiler() -> str | None:
 
 @lru_cache(maxsize=1)
 def library() -> Library | None:
-    """The code for this machine, compiled if need be; None, said in the log, where the machine cannot have it."""
+    """The code for this machine, compiled if need be; None, said in the log, where the machine cannot have it.
+
+    PREFDISTILL_NATIVE=0 in the environment asks for none. ONEDNN_MAX_CPU_ISA, by which a user keeps PyTorch's products
+    off AMX, keeps this off it too.
+    """
+    if os.environ.get("PREFDISTILL_NATIVE") == "0":
+        logger.info("nothing is compiled for this CPU, PyTorch's operations do the work: PREFDISTILL_NATIVE is 0")
+        return None
     cxx = compiler()
     if cxx is None:
         logger.info("nothing is compiled for this CPU, PyTorch's operations do the work: no C++ compiler is found")
@@ -73,7 +80,8 @@ def library() -> Library | None:
             "nothing is compiled for this CPU, PyTorch's operations do the work: this CPU has no products of bfloat16"
         )
         return None
-    return Library(handle, tiles=level == 2)
+    most = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
+    return Library(handle, tiles=level == 2 and (most in ("DEFAULT", "ALL") or "AMX" in most))
 
 
 def _file(cxx: str) -> Path:
