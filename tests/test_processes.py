@@ -306,20 +306,26 @@ def test_the_example_shards_as_its_launcher_says(rank, runs, tmp_path):
     assert (one - before).abs().max() > 1e-2
 
 
-@pytest.fixture(scope="module")
-def sharded(runs):
-    """What a sharded training leaves that nobody stops."""
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="no deepspeed (pip install deepspeed)")
+
+
+@pytest.fixture(scope="module", params=["fsdp2", pytest.param("zero3", marks=needs_deepspeed)])
+def sharded(request, runs):
+    """A sharded training that nobody stops: its folder, and launcher and script to start it anew."""
     folder, _ = runs
-    sharded_example(folder / "1", folder / "sharded")
-    return folder / "sharded"
+    name = request.param
+    make = {"fsdp2": sharded_example, "zero3": zero3_example}[name]
+    make(folder / "1", folder / name)
+    script = [str(EXAMPLES / "distributed.py"), str(folder / "1"), "e-dpo"]
+    if name == "zero3":
+        return folder / name, accelerate("zero3.yaml"), script
+    return folder / name, accelerate("fsdp2.yaml", "--mixed_precision=bf16"), [str(HERE / "sharded_on_cpu.py"), *script]
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
-def test_a_sharded_training_goes_on_where_it_was_stopped(sent, runs, sharded, tmp_path):
+def test_a_sharded_training_goes_on_where_it_was_stopped(sent, sharded, tmp_path):
     """Killed, or told to stop, after a checkpoint; steps and weights are to the bit as if nobody had."""
-    folder, _ = runs
-    by = accelerate("fsdp2.yaml", "--mixed_precision=bf16")
-    script = [str(HERE / "sharded_on_cpu.py"), str(EXAMPLES / "distributed.py"), str(folder / "1"), "e-dpo"]
+    whole, by, script = sharded
     running = started(2, *script, str(tmp_path / "stopped"), by=by)
     deadline = time.monotonic() + 200
     while not list(tmp_path.glob("stopped/checkpoint-*/checksums.json")):
@@ -333,8 +339,8 @@ def test_a_sharded_training_goes_on_where_it_was_stopped(sent, runs, sharded, tm
     assert not (tmp_path / "stopped" / "adapter_model.safetensors").exists()
     assert sent == signal.SIGKILL or "KeyboardInterrupt" not in said
     done(started(2, *script, str(tmp_path / "stopped"), by=by))
-    assert log_of(tmp_path / "stopped") == log_of(sharded)
-    found, expected = (load_file(n / "adapter_model.safetensors") for n in (tmp_path / "stopped", sharded))
+    assert log_of(tmp_path / "stopped") == log_of(whole)
+    found, expected = (load_file(n / "adapter_model.safetensors") for n in (tmp_path / "stopped", whole))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
 
@@ -346,7 +352,7 @@ def test_the_example_says_what_it_cannot_do(runs):
     assert not (folder / "no").exists()
 
 
-@pytest.mark.skipif(find_spec("deepspeed") is None, reason="no deepspeed here (pip install deepspeed)")
+@needs_deepspeed
 @pytest.mark.parametrize("rank", [0, 16])
 def test_zero3_takes_the_steps_of_one_process(rank, runs, tmp_path):
     """DeepSpeed itself by examples/accelerate/zero3.yaml, all weights or an adapter: steps and what is saved."""

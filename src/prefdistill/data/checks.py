@@ -94,9 +94,9 @@ def bad(where: str, column: str, found: str, remedy: str) -> DataError:
     return DataError(f"{where}, column {short(repr(column))}: found {short(found)}. {remedy}.")
 
 
-def short(text: str) -> str:
-    """A text for a message: the middle of a long one is left out, since a row's values may have megabytes."""
-    return text if len(text) <= 400 else f"{text[:300]} [...] {text[-60:]}"
+def short(text: str, most: int = 400) -> str:
+    """A text for a message, without the middle of one that is longer: a row's values may have megabytes."""
+    return text if len(text) <= most else f"{text[: most // 2]} [...] {text[-most // 2 :]}"
 
 
 def names(found: Iterable[str]) -> str:

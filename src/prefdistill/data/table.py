@@ -15,6 +15,7 @@ from typing import Any, overload
 
 import numpy as np
 
+from prefdistill.data.checks import short
 from prefdistill.data.formats import Text
 from prefdistill.data.on_disk import View
 from prefdistill.data.tree import Tree
@@ -80,10 +81,7 @@ class PromptGroup:
 
 def shorten(text: str) -> str:
     """A text's first and last words, in quotes, as messages show them: many prompts begin, or end, alike."""
-    text = " ".join(text.split())
-    if len(text) > NAME_LENGTH:
-        text = f"{text[: NAME_LENGTH // 2]} ... {text[-NAME_LENGTH // 2 :]}"
-    return json.dumps(text, ensure_ascii=False)
+    return json.dumps(short(" ".join(text.split()), NAME_LENGTH), ensure_ascii=False)
 
 
 class Groups(Sequence[PromptGroup]):
