@@ -272,6 +272,14 @@ def test_the_environment_can_ask_for_none_or_for_no_amx(fresh, monkeypatch, capl
     assert "PREFDISTILL_NATIVE is 0" in caplog.text
 
 
+def test_other_machines_are_not_asked(fresh, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(library.platform, "machine", lambda: "arm64")
+    assert library.library() is None
+    assert "written for x86-64" in caplog.text
+    assert not fresh.exists()
+
+
 def test_without_a_compiler_pytorch_attends(fresh, monkeypatch, caplog):
     monkeypatch.setattr(library.shutil, "which", lambda name: None)
     caplog.set_level(logging.INFO)

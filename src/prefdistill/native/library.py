@@ -13,6 +13,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++17", "-w")
+NOTHING = "nothing is compiled for this CPU, PyTorch's operations do the work"
 PATIENCE = 120  # seconds for the compiler, which needs a few
 
 
@@ -51,12 +53,16 @@ def library() -> Library | None:
     PREFDISTILL_NATIVE=0 in the environment asks for none. ONEDNN_MAX_CPU_ISA, by which a user keeps PyTorch's products
     off AMX, keeps this off it too.
     """
-    if os.environ.get("PREFDISTILL_NATIVE") == "0":
-        logger.info("nothing is compiled for this CPU, PyTorch's operations do the work: PREFDISTILL_NATIVE is 0")
-        return None
     cxx = compiler()
-    if cxx is None:
-        logger.info("nothing is compiled for this CPU, PyTorch's operations do the work: no C++ compiler is found")
+    lacking = None
+    if os.environ.get("PREFDISTILL_NATIVE") == "0":
+        lacking = "PREFDISTILL_NATIVE is 0"
+    elif sys.platform != "linux" or platform.machine() != "x86_64":
+        lacking = "it is written for x86-64 under Linux"
+    elif cxx is None:
+        lacking = "no C++ compiler is found"
+    if lacking or cxx is None:
+        logger.info("%s: %s", NOTHING, lacking)
         return None
     try:
         file = _file(cxx)
@@ -69,16 +75,11 @@ def library() -> Library | None:
             handle = ctypes.CDLL(str(file))
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
-        logger.warning(
-            "nothing is compiled for this CPU, PyTorch's operations do the work, which is slower: %s",
-            said.strip()[-500:],
-        )
+        logger.warning("%s, which is slower: %s", NOTHING, said.strip()[-500:])
         return None
     level = int(handle.prefdistill_instructions())
     if level == 0:
-        logger.info(
-            "nothing is compiled for this CPU, PyTorch's operations do the work: this CPU has no products of bfloat16"
-        )
+        logger.info("%s: this CPU has no products of bfloat16", NOTHING)
         return None
     most = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
     return Library(handle, tiles=level == 2 and (most in ("DEFAULT", "ALL") or "AMX" in most))
