@@ -73,7 +73,7 @@ def library() -> Library | None:
         except OSError:  # a damaged file in the cache
             _compile(cxx, file)
             handle = ctypes.CDLL(str(file))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: who runs this has no home
         said = getattr(error, "stderr", None) or str(error)
         logger.warning("%s, which is slower: %s", NOTHING, said.strip()[-500:])
         return None
