@@ -78,5 +78,5 @@ def picture(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
     axes.set_ylim(len(kept) - 0.5, -0.5)
     axes.set_xlim(left=0)
     axes.grid(False, axis="y")
-    axes.set_xlabel("times faster than the peer; the black line is the target")
+    axes.set_xlabel("times faster than the peer; black: the target")
     return figure
