@@ -270,13 +270,13 @@ def with_rank(run: Path, to: Path, rank: int) -> Path:
     return to
 
 
-def sharded_example(run: Path, out: Path) -> str:
+def sharded_example(run: Path, out: Path, kind: str) -> subprocess.Popen:
+    """The example in two processes that share the weights by FSDP2 or ZeRO-3."""
+    script = [str(EXAMPLES / "distributed.py"), str(run), "e-dpo", str(out)]
+    if kind == "zero3":
+        return started(2, *script, by=accelerate("zero3.yaml"))
     by = accelerate("fsdp2.yaml", "--mixed_precision=bf16")
-    return example(2, run, out, str(HERE / "sharded_on_cpu.py"), by=by)
-
-
-def zero3_example(run: Path, out: Path) -> str:
-    return example(2, run, out, by=accelerate("zero3.yaml"))
+    return started(2, str(HERE / "sharded_on_cpu.py"), *script, by=by)
 
 
 @pytest.mark.parametrize("rank", [0, 16])
@@ -288,7 +288,7 @@ def test_the_example_shards_as_its_launcher_says(rank, runs, tmp_path):
     folder, _ = runs
     run = with_rank(folder / "1", tmp_path / "run", rank)
     example(1, run, tmp_path / "one")
-    said = sharded_example(run, tmp_path / "two")
+    said = done(sharded_example(run, tmp_path / "two", "fsdp2"))
     assert said.count("sharded: 50% of the weights here, 0 parameters whole") == 2
     one, two = (log_of(tmp_path / n) for n in ("one", "two"))
     assert len(one) == len(two) > 4
@@ -311,22 +311,17 @@ needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="no 
 
 @pytest.fixture(scope="module", params=["fsdp2", pytest.param("zero3", marks=needs_deepspeed)])
 def sharded(request, runs):
-    """A sharded training that nobody stops: its folder, and launcher and script to start it anew."""
+    """A kind of sharding, and the folder of a training by it that nobody stops."""
     folder, _ = runs
-    name = request.param
-    make = {"fsdp2": sharded_example, "zero3": zero3_example}[name]
-    make(folder / "1", folder / name)
-    script = [str(EXAMPLES / "distributed.py"), str(folder / "1"), "e-dpo"]
-    if name == "zero3":
-        return folder / name, accelerate("zero3.yaml"), script
-    return folder / name, accelerate("fsdp2.yaml", "--mixed_precision=bf16"), [str(HERE / "sharded_on_cpu.py"), *script]
+    done(sharded_example(folder / "1", folder / request.param, request.param))
+    return request.param, folder / request.param
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
-def test_a_sharded_training_goes_on_where_it_was_stopped(sent, sharded, tmp_path):
+def test_a_sharded_training_goes_on_where_it_was_stopped(sent, runs, sharded, tmp_path):
     """Killed, or told to stop, after a checkpoint; steps and weights are to the bit as if nobody had."""
-    whole, by, script = sharded
-    running = started(2, *script, str(tmp_path / "stopped"), by=by)
+    (folder, _), (kind, whole) = runs, sharded
+    running = sharded_example(folder / "1", tmp_path / "stopped", kind)
     deadline = time.monotonic() + 200
     while not list(tmp_path.glob("stopped/checkpoint-*/checksums.json")):
         assert running.poll() is None, running.communicate()[1][-3000:]
@@ -338,7 +333,7 @@ def test_a_sharded_training_goes_on_where_it_was_stopped(sent, sharded, tmp_path
     assert running.returncode != 0
     assert not (tmp_path / "stopped" / "adapter_model.safetensors").exists()
     assert sent == signal.SIGKILL or "KeyboardInterrupt" not in said
-    done(started(2, *script, str(tmp_path / "stopped"), by=by))
+    done(sharded_example(folder / "1", tmp_path / "stopped", kind))
     assert log_of(tmp_path / "stopped") == log_of(whole)
     found, expected = (load_file(n / "adapter_model.safetensors") for n in (tmp_path / "stopped", whole))
     assert found.keys() == expected.keys()
@@ -359,7 +354,7 @@ def test_zero3_takes_the_steps_of_one_process(rank, runs, tmp_path):
     folder, _ = runs
     run = with_rank(folder / "1", tmp_path / "run", rank)
     example(1, run, tmp_path / "one")
-    zero3_example(run, tmp_path / "two")
+    done(sharded_example(run, tmp_path / "two", "zero3"))
     states = {p.name for p in tmp_path.glob("two/checkpoint-*/global_step*/*")}
     assert {f"zero_pp_rank_{n}_mp_rank_00_model_states.pt" for n in (0, 1)} <= states
     one, two = (log_of(tmp_path / n) for n in ("one", "two"))

@@ -50,7 +50,7 @@ def _is_formula(mlp: Any) -> bool:
 
 def _forward(self: Any, x: Tensor) -> Any:
     gate, up = self.gate_proj(x), self.up_proj(x)
-    if not torch.compiler.is_compiling() and gate.dtype == up.dtype == torch.bfloat16:
+    if not torch.compiler.is_compiling() and all(x.dtype == torch.bfloat16 and x.is_cpu for x in (gate, up)):
         compiled = library()
         if compiled is not None:
             return self.down_proj(Gate.apply(gate, up, compiled))

@@ -7,6 +7,7 @@
 // Products take their right side in panels of 16 columns with rows in pairs, as both instruction sets want it:
 // panel[k / 2][16][2]. Sums are float32. A result hangs on the number of threads and on nothing else.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -266,6 +267,14 @@ int64_t token_of(const Block& b, const Shape& s, int64_t key) {
     return key < s.before ? b.first + key : b.own + key - s.before;
 }
 
+// Row `key` of the block's keys from `from` on, or null beyond the last.
+auto keys_of(const Heads& x, const Block& b, const Shape& s, int64_t group, int64_t from = 0) {
+    return [&, group, from](int64_t key) -> const half* {
+        key += from;
+        return key < s.keys ? x.at + token_of(b, s, key) * x.token + group * x.head : nullptr;
+    };
+}
+
 // The keys that queries [row, row + ROWS) see are all below this, a multiple of 32.
 int64_t limit_of(const Block& b, const Shape& s, int64_t row) {
     int64_t last = 0;
@@ -291,22 +300,11 @@ __m512 biased(__m512 x, const Block& b, const Shape& s, int64_t row, int64_t key
     return _mm512_mask_mov_ps(never, real, x);
 }
 
-int64_t most_keys(const Work& w) {
-    int64_t most = 0;
-    for (int64_t i = 0; i < w.n; i++) {
-        int64_t n = Shape(w.blocks[i]).padded;
-        most = n > most ? n : most;
-    }
-    return most;
-}
-
-int64_t most_queries(const Work& w) {
-    int64_t most = 0;
-    for (int64_t i = 0; i < w.n; i++) {
-        int64_t n = up(Shape(w.blocks[i]).queries, ROWS);
-        most = n > most ? n : most;
-    }
-    return most;
+template <class Of>
+int64_t most(const Work& w, Of of) {
+    int64_t found = 0;
+    for (int64_t i = 0; i < w.n; i++) found = std::max<int64_t>(found, of(Shape(w.blocks[i])));
+    return found;
 }
 
 struct ForwardRoom {
@@ -326,13 +324,8 @@ struct ForwardRoom {
 void forward_block(const Work& w, const Block& b, int64_t group, ForwardRoom& room) {
     const Shape s(b);
     const int64_t d = w.d, ldp = s.padded + 32;
-    auto rows_of = [&](const Heads& x) {
-        return [&, x](int64_t key) -> const half* {
-            return key < s.keys ? x.at + token_of(b, s, key) * x.token + group * x.head : nullptr;
-        };
-    };
-    pack_columns(s.padded, d, rows_of(w.k), room.columns);
-    pack_rows(s.padded, d, rows_of(w.v), room.rows);
+    pack_columns(s.padded, d, keys_of(w.k, b, s, group), room.columns);
+    pack_rows(s.padded, d, keys_of(w.v, b, s, group), room.rows);
     const float c = w.scale * LOG2E;
     for (int64_t m = 0; m < s.queries; m += ROWS) {
         const int64_t limit = limit_of(b, s, m), count = s.queries - m < ROWS ? s.queries - m : ROWS;
@@ -425,12 +418,6 @@ void backward_block(const Work& w, const Block& b, int64_t group, BackwardRoom& 
     const int64_t d = w.d, m = up(s.queries, ROWS), lds = KEYS + 16, ldd = KEYS + 32, part = m * d;
     const float c = w.scale * LOG2E;
     const __m512 factor = _mm512_set1_ps(c), scale = _mm512_set1_ps(w.scale);
-    auto keys_of = [&](const Heads& x, int64_t from) {
-        return [&, x, from](int64_t key) -> const half* {
-            key += from;
-            return key < s.keys ? x.at + token_of(b, s, key) * x.token + group * x.head : nullptr;
-        };
-    };
     for (int64_t g = 0; g < w.share; g++) {
         const int64_t head = group * w.share + g;
         auto queries_of = [&](const Heads& x) {
@@ -466,9 +453,9 @@ void backward_block(const Work& w, const Block& b, int64_t group, BackwardRoom& 
         int64_t first = 0;  // query that sees one of these keys
         while (first < m && limits[first / ROWS] <= from) first += ROWS;
         if (first >= m) continue;
-        pack_columns(n, d, keys_of(w.k, from), room.k_columns);
-        pack_columns(n, d, keys_of(w.v, from), room.v_columns);
-        pack_rows(n, d, keys_of(w.k, from), room.k_rows);
+        pack_columns(n, d, keys_of(w.k, b, s, group, from), room.k_columns);
+        pack_columns(n, d, keys_of(w.v, b, s, group, from), room.v_columns);
+        pack_rows(n, d, keys_of(w.k, b, s, group, from), room.k_rows);
         for (int64_t g = 0; g < w.share; g++) {
             for (int64_t at = first; at < m; at += ROWS) {
                 product(w.tiles, ROWS, n, d, room.q + g * part + at * d, d, room.k_columns, d * 16, room.scores, lds, false);
@@ -531,7 +518,7 @@ std::vector<std::vector<std::vector<int64_t>>> lanes_of(const Work& w, int64_t l
 
 extern "C" void prefdistill_forward(const Work* work) {
     const Work& w = *work;
-    const int64_t keys = most_keys(w);
+    const int64_t keys = most(w, [](const Shape& s) { return s.padded; });
 #pragma omp parallel num_threads(w.threads)
     {
         Thread thread(w.tiles);
@@ -544,7 +531,7 @@ extern "C" void prefdistill_forward(const Work* work) {
 
 extern "C" void prefdistill_backward(const Work* work) {
     const Work& w = *work;
-    const int64_t queries = most_queries(w), size = w.tokens * w.groups * w.d;
+    const int64_t queries = most(w, [](const Shape& s) { return up(s.queries, ROWS); }), size = w.tokens * w.groups * w.d;
     int64_t trees = 0;
     for (int64_t i = 0; i < w.n; i++) trees += i == 0 || w.blocks[i].first != w.blocks[i - 1].first;
     int64_t lanes = (4 * w.threads + trees * w.groups - 1) / (trees * w.groups);
