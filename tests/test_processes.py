@@ -245,8 +245,8 @@ def log_of(folder: Path) -> list[dict[str, float]]:
     return [h for h in json.loads((last / "trainer_state.json").read_text())["log_history"] if "loss" in h]
 
 
-def example(processes: int, run: Path, out: Path, *before: str, by: list[str] | None = None) -> str:
-    return done(started(processes, *before, str(EXAMPLES / "distributed.py"), str(run), "e-dpo", str(out), by=by))
+def example(processes: int, run: Path, out: Path) -> str:
+    return done(started(processes, str(EXAMPLES / "distributed.py"), str(run), "e-dpo", str(out)))
 
 
 def test_the_example_takes_the_steps_of_the_run(runs, tmp_path):
