@@ -62,6 +62,7 @@ def test_equals_dense_attention_with_its_gradients(window, shapes):
     old, attention.QUERIES = attention.QUERIES, 4  # so that short texts make many blocks
     try:
         mask = carrier_mask(places, window=window, device=torch.device("cpu"))
+        assert max(b.stop - b.start for b in mask.row.blocks) <= 4
     finally:
         attention.QUERIES = old
     ours, nothing = attend(nn.Module(), q, k, v, mask)

@@ -5,7 +5,7 @@ gave to the model. Here that mask is one empty cell that carries the trees' plac
 transformers' own `sdpa`. No [T, T] mask is made: a prompt's queries go in blocks over the keys before them (the upper
 triangle is never computed), a tree's responses over their prompt and themselves. A backward pass computes a block's
 probabilities again, so that memory grows with tokens, not with their square. Where the machine can have compiled
-code (native/), that does the same over the same blocks.
+code (native/), that does the same over the same blocks. On a GPU flash kernels take the row in one piece (flash.py).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from prefdistill.data.tree import Place
+from prefdistill.models import flash
 from prefdistill.native import attention as native
 from prefdistill.native.library import library
 
@@ -116,10 +118,31 @@ def _blocks(start: int, lengths: Sequence[int], before: int, root: int, window: 
     return found
 
 
+@dataclass(frozen=True)
+class Row:
+    """Who sees whom in a packed row, in the form that each kernel reads; made once, for the first layer that asks."""
+
+    places: Sequence[Place]
+    window: int | None
+    device: torch.device
+
+    @cached_property
+    def blocks(self) -> list[Block]:
+        return blocks_of(self.places, window=self.window, device=self.device)
+
+    @cached_property
+    def sequences(self) -> flash.Sequences:
+        return flash.sequences_of(self.places, self.device)
+
+    @cached_property
+    def masks(self) -> list[Tensor]:
+        return flash.masks_of(self.places, self.window, self.device)
+
+
 def carrier_mask(places: Sequence[Place], *, window: int | None, device: torch.device) -> Tensor:
-    """A mask to give to a model whose attention is this module's: [1, 1, 1, 1], with the blocks as an attribute."""
+    """A mask to give to a model whose attention is this module's: [1, 1, 1, 1], with the row as an attribute."""
     mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
-    mask.blocks = blocks_of(places, window=window, device=device)  # type: ignore[attr-defined]
+    mask.row = Row(places, window, device)  # type: ignore[attr-defined]
     return mask
 
 
@@ -161,25 +184,33 @@ def attend(
         ValueError: the mask has lost its places on the way, or the layer asks for what is not done here (soft caps,
             sinks, biases).
     """
-    blocks: list[Block] | None = getattr(attention_mask, "blocks", None)
-    if blocks is None:
+    row: Row | None = getattr(attention_mask, "row", None)
+    if row is None:
         if attention_mask is not None and attention_mask.shape[-1] == 1 < key.shape[2]:
             raise ValueError("the packed row's mask has lost its places on the way through the model")
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     for name in ("softcap", "s_aux", "position_bias", "cache"):
         if kwargs.get(name) is not None:
             raise ValueError(f"attention over packed trees does not know {name}")
-    groups = key.shape[1]
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
     with torch.autocast(kind, enabled=False):  # the backward pass has none either
         q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
-        if dropout == 0 and native.takes(q, k, v) and (compiled := library()) is not None:
-            return native.attend(compiled, q, k, v, blocks, scale).unsqueeze(0), None
-        q = (q * scale).unflatten(1, (groups, -1))
-        out = _with_dropout(q, k, v, blocks, dropout) if dropout > 0 else _Attention.apply(q, k, v, blocks)
-    return out.flatten(1, 2).unsqueeze(0), None
+        return _over(row, q, k, v, scale, dropout, kind).unsqueeze(0), None
+
+
+def _over(row: Row, q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, kind: str) -> Tensor:
+    """[tokens, heads, d] from q [tokens, heads, d] and k, v [tokens, key heads, d], by what this kind of device has."""
+    if dropout == 0 and kind != "cpu":  # where every block's products would be launches of their own
+        if flash.takes(q, k, v):
+            return flash.attend(q, k, v, row.sequences, row.window, scale)
+        return flash.dense(q, k, v, row.places, row.masks, scale)
+    if dropout == 0 and native.takes(q, k, v) and (compiled := library()) is not None:
+        return native.attend(compiled, q, k, v, row.blocks, scale)
+    q = (q * scale).unflatten(1, (k.shape[1], -1))
+    out = _with_dropout(q, k, v, row.blocks, dropout) if dropout > 0 else _Attention.apply(q, k, v, row.blocks)
+    return out.flatten(1, 2)
 
 
 def _probabilities(q: Tensor, k: Tensor, hidden: Tensor) -> Tensor:

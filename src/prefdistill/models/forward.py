@@ -1,7 +1,7 @@
 """The one forward: a tree batch goes once through a model, log-probs or rewards of its responses come out.
 
 It uses what every attention model of transformers accepts: position ids, and either an attention function of its own
-(trees packed into one row, no padding, on a CPU) or a 4-D mask (a padded row a tree). So a new family costs nothing.
+(trees packed into one row, no padding) or a 4-D mask (a padded row a tree). So a new family costs nothing.
 Whether a model honours them is measured, not looked up: a probe compares its tree forward with its plain forward and
 checks that one response cannot see another. A model that fails (state-space, hybrid, ALiBi, FlashAttention) takes the
 plain path, one sequence a response, and the log says so once.
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from prefdistill.data.tree import Tree, TreeBatch, collate_packed, collate_plain, collate_trees, tree_mask
 from prefdistill.errors import ConfigError
+from prefdistill.models import flash
 from prefdistill.models.allocator import keep_freed_memory
 from prefdistill.models.attention import carrier_mask, give_back, take_over
 from prefdistill.models.backbone import backbone_of, device_of, unwrap
@@ -39,7 +40,7 @@ class TreeModel:
     Args:
         model: a causal language model, or a sequence classifier with one label and a head named `score`.
         path: "packed", "tree", "plain", or None to probe the model (some tiny forwards) for the first of them that it
-            can go; packed is for CPUs.
+            can go; packed is for CPUs and for GPUs with flash kernels.
     """
 
     def __init__(self, model: nn.Module, *, path: Path | None = None) -> None:
@@ -232,9 +233,10 @@ def _probe(model: TreeModel) -> tuple[Path, str]:
 
 
 def _paths(model: TreeModel) -> list[Path]:
-    # A block is some small products: on a GPU each would be a launch of its own.
-    packs = device_of(model.model).type == "cpu" and take_over(model.core)
-    return ["packed", "tree"] if packs else ["tree"]
+    # A block is some small products: on a GPU without flash kernels each would be a launch of its own.
+    device = device_of(model.model)
+    packs = device.type == "cpu" or (device.type == "cuda" and flash.works(device))
+    return ["packed", "tree"] if packs and take_over(model.core) else ["tree"]
 
 
 def _head_is_known(model: TreeModel) -> bool:
