@@ -51,7 +51,7 @@ def generate(
         total = 0
         for start in range(0, len(rows), batch_rows):
             ids = torch.tensor(rows[start : start + batch_rows], device=policy.device)
-            with torch.inference_mode(), autocast(precision, policy.device):
+            with autocast(precision, policy.device):  # generate turns gradients off: weights are cast once a call
                 out = policy.generate(
                     ids,
                     attention_mask=torch.ones_like(ids),

@@ -5,10 +5,15 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 import transformers
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from prefdistill.errors import ConfigError
+from prefdistill.models import inference as inference_module
 from prefdistill.models import precision
+from prefdistill.models.inference import inference
 
 CONFIG = transformers.LlamaConfig(hidden_size=64, intermediate_size=96, num_attention_heads=4)
 
@@ -58,3 +63,54 @@ def test_a_forward_is_guessed_from_the_models_size(monkeypatch):
     assert precision.forward_seconds(config, 1000, torch.device("cuda")) is None
     unknown = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=8000))
     assert precision.forward_seconds(unknown, 1000, torch.device("cpu")) is None
+
+
+class _Roundings(TorchDispatchMode):
+    """Counts how often tensors of a matrix's shape are rounded to bfloat16."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = isinstance(out, torch.Tensor) and isinstance(args[0], torch.Tensor)
+        if tensors and args[0].shape == out.shape == self.shape:
+            self.count += args[0].dtype == torch.float32 and out.dtype == torch.bfloat16
+        return out
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize(("share", "times"), [(0.25, 1), (0.0, 7)])
+def test_a_weight_is_rounded_once_where_memory_has_room(monkeypatch, frozen, share, times):
+    monkeypatch.setattr(inference_module, "SHARE", share)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3)).requires_grad_(not frozen)
+    x = torch.randn(4, 6)
+    with _Roundings(model[1].weight.shape) as found, inference(model, "bfloat16"):
+        outs = [model(x) for _ in range(7)]
+        assert not any(o.requires_grad for o in outs)
+    assert found.count == times
+    assert all(p.requires_grad != frozen for p in model.parameters())
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert all(torch.equal(o, model(x)) for o in outs)
+
+
+def test_a_failing_forward_leaves_weights_frozen_and_what_they_became_counts_after():
+    model = nn.Linear(3, 3).requires_grad_(False)
+    with pytest.raises(ZeroDivisionError), inference(model, "bfloat16"):
+        _ = 1 / 0
+    assert not model.weight.requires_grad
+    x = torch.randn(2, 3)
+    with inference(model, "bfloat16"):
+        before = model(x)
+    model.weight.data.mul_(2)
+    with inference(model, "bfloat16"):
+        assert not torch.equal(model(x), before)
+
+
+def test_float32_stays_float32():
+    model = nn.Linear(3, 3)
+    with inference(model, "float32"):
+        out = model(torch.randn(2, 3))
+    assert out.dtype == torch.float32
+    assert not out.requires_grad

@@ -30,10 +30,10 @@ from prefdistill.data.table import response_key
 from prefdistill.data.tree import Tree, batches_by_tokens, shape_of
 from prefdistill.errors import ConfigError, DataError
 from prefdistill.models.adapter_folders import ADAPTER_CONFIG, adapter_base, is_adapter
-from prefdistill.models.backbone import device_of, unwrap
+from prefdistill.models.backbone import unwrap
 from prefdistill.models.forward import TreeModel
+from prefdistill.models.inference import inference
 from prefdistill.models.loading import ADAPTER, EMBEDDED_MODEL, EMBEDDED_POLICY, has_score_head
-from prefdistill.models.precision import autocast
 from prefdistill.models.sequence import SequenceModel
 from prefdistill.progress import Progress, silent
 from prefdistill.seals import is_as_named, sealed_file
@@ -225,7 +225,7 @@ def fill_columns(
     shards = list(_shards(missing, token_budget))
     first = {name: column.next for name, column in columns.items()}
     total = sum(t.tokens for t in missing)
-    with progress(total, "tokens") as tick:
+    with progress(total, "tokens") as tick, inference(model.model, precision):
         for number, group in enumerate(shards):
             if number % ranks.count() != ranks.rank():
                 tick(sum(part.tokens for batch in group for part in batch))
@@ -235,8 +235,7 @@ def fill_columns(
             for parts in group:
                 trees_of_batch = [part.tree(trees) for part in parts]
                 batch = model.collate(trees_of_batch, pool_pad_id=_pool_pad(model) if pool else pool_pad_id)
-                with torch.inference_mode(), autocast(precision, device_of(model.model)):
-                    out = forward(model, batch)
+                out = forward(model, batch)
                 keys += [response_key(t.prompt_ids, r) for t in trees_of_batch for r in t.responses]
                 for name in columns:
                     values[name].append(out[name].double().cpu().numpy())

@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor, nn
 
 from prefdistill.models.backbone import device_of
-from prefdistill.models.precision import autocast
+from prefdistill.models.inference import inference
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def sample(
     training = model.training
     model.eval()
     start = number = 0
-    with torch.inference_mode(), autocast(precision, device_of(model)):
+    with inference(model, precision):
         while start < len(order):
             width = len(prompts[order[start]]) + options.max_new_tokens
             rows = order[start : start + max(1, token_budget // (width * n))]
