@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor, nn
 
-from prefdistill.models.backbone import device_of
+from prefdistill.models.decoding import Decoding, decoder
 from prefdistill.models.inference import inference
 
 
@@ -76,70 +74,57 @@ def sample(
     """
     known = known or {}
     keys = range(len(prompts)) if keys is None else keys
-    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+    batches = _batches(prompts, n, options.max_new_tokens, token_budget)
     out: list[list[Sample]] = [[] for _ in prompts]
     training = model.training
     model.eval()
-    start = number = 0
+    own = batches[share[0] :: share[1]]
+    drawing = any(i not in known for rows in own for i in rows)
+    decode = decoder(model) if drawing else None
     with inference(model, precision):
-        while start < len(order):
-            width = len(prompts[order[start]]) + options.max_new_tokens
-            rows = order[start : start + max(1, token_budget // (width * n))]
-            own = number % share[1] == share[0]
-            start, number = start + len(rows), number + 1
-            if not own:
-                progress(len(rows))
-                continue
-            if all(i in known for i in rows):
-                for i in rows:
-                    out[i] = known[i]
-                progress(len(rows))
-                continue
-            noise = np.stack(
-                [
-                    np.random.default_rng([options.seed, keys[i], s]).random(options.max_new_tokens)
-                    for i in rows
-                    for s in range(n)
-                ]
-            )
-            drawn = _sample_batch(model, [prompts[i] for i in rows], n, set(end_ids), options, noise)
-            for j, i in enumerate(rows):
-                out[i] = drawn[j * n : (j + 1) * n]
-            keep({i: out[i] for i in rows})
+        for number, rows in enumerate(batches):
+            if number % share[1] == share[0]:
+                if decode is None or all(i in known for i in rows):
+                    for i in rows:
+                        out[i] = known[i]
+                else:
+                    noise = np.stack(
+                        [
+                            np.random.default_rng([options.seed, keys[i], s]).random(options.max_new_tokens)
+                            for i in rows
+                            for s in range(n)
+                        ]
+                    )
+                    decoding = decode([prompts[i] for i in rows], n, options.max_new_tokens)
+                    drawn = _drawn(decoding, set(end_ids), options, noise)
+                    for j, i in enumerate(rows):
+                        out[i] = drawn[j * n : (j + 1) * n]
+                    keep({i: out[i] for i in rows})
             progress(len(rows))
     model.train(training)
     return out
 
 
-def _sample_batch(
-    model: Any,
-    prompts: Sequence[tuple[int, ...]],
-    n: int,
-    end_ids: set[int],
-    options: SamplingOptions,
-    noise: np.ndarray,
-) -> list[Sample]:
-    device, width = device_of(model), max(map(len, prompts))
-    ids = torch.zeros((len(prompts), width), dtype=torch.long)
-    mask = torch.zeros((len(prompts), width), dtype=torch.long)
-    for b, prompt in enumerate(prompts):
-        ids[b, width - len(prompt) :] = torch.tensor(prompt)
-        mask[b, width - len(prompt) :] = 1
-    ids, mask = ids.to(device), mask.to(device)
-    cache = transformers.DynamicCache(config=model.config)
-    positions = (mask.cumsum(1) - 1).clamp_min(0)
-    logits = model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
-        logits_to_keep=1,
-    ).logits[:, -1]  # fmt: skip
-    if n > 1:
-        cache.batch_repeat_interleave(n)
-        logits, mask = logits.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
-    generated: list[list[int]] = [[] for _ in range(len(prompts) * n)]
+def _batches(prompts: Sequence[tuple[int, ...]], n: int, room: int, token_budget: int) -> list[list[int]]:
+    """Places of prompts, longest first, whose padded samples fit into the budget together; one alone where none do."""
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+    batches = []
+    while order:
+        width = len(prompts[order[0]]) + room
+        fits = max(1, token_budget // (width * n))
+        batches.append(order[:fits])
+        order = order[fits:]
+    return batches
+
+
+def _drawn(decoding: Decoding, end_ids: set[int], options: SamplingOptions, noise: np.ndarray) -> list[Sample]:
+    """The responses of all rows, from uniform numbers [rows, max_new_tokens]."""
+    generated: list[list[int]] = [[] for _ in noise]
     ended = [False] * len(generated)
     alive = list(range(len(generated)))
     for step in range(options.max_new_tokens):
-        tokens = choose(logits.float(), torch.from_numpy(noise[alive, step]).to(device), options)
+        device = decoding.logits.device
+        tokens = choose(decoding.logits.float(), torch.from_numpy(noise[alive, step]).to(device), options)
         stay = []
         for place, (row, token) in enumerate(zip(alive, tokens.tolist(), strict=True)):
             generated[row].append(token)
@@ -151,14 +136,9 @@ def _sample_batch(
             break
         if len(stay) < len(alive):
             kept = torch.tensor(stay, device=device)
-            cache.batch_select_indices(kept)
-            tokens, mask, alive = tokens[kept], mask[kept], [alive[s] for s in stay]
-        positions = mask.sum(1, keepdim=True)
-        mask = torch.cat([mask, mask.new_ones((len(mask), 1))], 1)
-        logits = model(
-            input_ids=tokens[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache,
-            use_cache=True,
-        ).logits[:, -1]  # fmt: skip
+            decoding.keep(kept)
+            tokens, alive = tokens[kept], [alive[s] for s in stay]
+        decoding.next(tokens)
     return [Sample(tuple(g), e) for g, e in zip(generated, ended, strict=True)]
 
 

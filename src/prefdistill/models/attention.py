@@ -24,6 +24,7 @@ from transformers.masking_utils import sdpa_mask
 
 from prefdistill.data.tree import Place
 from prefdistill.models import flash
+from prefdistill.models.past import Past
 from prefdistill.native import attention as native
 from prefdistill.native.library import library
 
@@ -120,11 +121,15 @@ def _blocks(start: int, lengths: Sequence[int], before: int, root: int, window: 
 
 @dataclass(frozen=True)
 class Row:
-    """Who sees whom in a packed row, in the form that each kernel reads; made once, for the first layer that asks."""
+    """Who sees whom in a packed row, in the form that each kernel reads; made once, for the first layer that asks.
+
+    With a past, the row is prompts whose keys and values are kept there, or tokens that go on from them.
+    """
 
     places: Sequence[Place]
     window: int | None
     device: torch.device
+    past: Past | None = None
 
     @cached_property
     def blocks(self) -> list[Block]:
@@ -139,10 +144,12 @@ class Row:
         return flash.masks_of(self.places, self.window, self.device)
 
 
-def carrier_mask(places: Sequence[Place], *, window: int | None, device: torch.device) -> Tensor:
+def carrier_mask(
+    places: Sequence[Place], *, window: int | None, device: torch.device, past: Past | None = None
+) -> Tensor:
     """A mask to give to a model whose attention is this module's: [1, 1, 1, 1], with the row as an attribute."""
     mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
-    mask.row = Row(places, window, device)  # type: ignore[attr-defined]
+    mask.row = Row(places, window, device, past)  # type: ignore[attr-defined]
     return mask
 
 
@@ -197,6 +204,11 @@ def attend(
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
     with torch.autocast(kind, enabled=False):  # the backward pass has none either
         q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
+        if row.past is not None:
+            layer: Any = module.layer_idx
+            if not row.past.reading:
+                return row.past.attend(layer, q, k, v, row.window, scale).unsqueeze(0), None
+            row.past.read(layer, k, v)
         return _over(row, q, k, v, scale, dropout, kind).unsqueeze(0), None
 
 

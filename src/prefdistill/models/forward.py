@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from prefdistill.data.tree import Tree, TreeBatch, collate_packed, collate_plain, collate_trees, tree_mask
+from prefdistill.data.tree import Place, Tree, TreeBatch, collate_packed, collate_plain, collate_trees, tree_mask
 from prefdistill.errors import ConfigError
 from prefdistill.models import flash
 from prefdistill.models.allocator import keep_freed_memory
@@ -27,6 +27,7 @@ from prefdistill.models.backbone import backbone_of, device_of, unwrap
 from prefdistill.models.gates import fuse_gates
 from prefdistill.models.head import Scaling, head_logps
 from prefdistill.models.norms import lighten_norms
+from prefdistill.models.past import Past
 
 logger = logging.getLogger(__name__)
 
@@ -90,20 +91,25 @@ class TreeModel:
         }
 
     def _masks(self, batch: TreeBatch) -> Any:
-        window = getattr(self.config, "sliding_window", None)
-        masks: dict[str, Tensor] = {}
+        if batch.kind == "packed":
+            return self.carriers(batch.places)
+        return self._by_layer(lambda w: self._as_bias(tree_mask(batch.segments, batch.position_ids, window=w)))
 
-        def mask_of(layer_type: str) -> Tensor:
-            w = window if layer_type == "sliding_attention" else None
-            if batch.kind == "packed":
-                return carrier_mask(batch.places, window=w, device=batch.input_ids.device)
-            return self._as_bias(tree_mask(batch.segments, batch.position_ids, window=w))
+    def carriers(self, places: Sequence[Place], past: Past | None = None) -> Any:
+        """The masks to give to the model with a packed row; with a past, prompts or what goes on from them."""
+        device = device_of(self.model)
+        return self._by_layer(lambda w: carrier_mask(places, window=w, device=device, past=past))
+
+    def _by_layer(self, mask_of: Callable[[int | None], Tensor]) -> Any:
+        """`mask_of` a window in the form that the model takes: one mask, or one for each type of layer."""
+        window = getattr(self.config, "sliding_window", None)
+
+        def mask(layer_type: str) -> Tensor:
+            return mask_of(window if layer_type == "sliding_attention" else None)
 
         if self._mask_form == "by layer type":
-            for layer_type in dict.fromkeys(self.config.layer_types):
-                masks[layer_type] = mask_of(layer_type)
-            return masks
-        return mask_of(self._mask_form)
+            return {layer_type: mask(layer_type) for layer_type in dict.fromkeys(self.config.layer_types)}
+        return mask(self._mask_form)
 
     def _as_bias(self, visible: Tensor) -> Tensor:
         if self.config._attn_implementation != "eager":
@@ -180,7 +186,7 @@ def _mask_forms(config: Any) -> list[str]:
 
 
 @contextlib.contextmanager
-def _small_window(config: Any) -> Iterator[None]:
+def small_window(config: Any) -> Iterator[None]:
     """A window that the probe's few tokens go beyond, so that a wrong mask shows."""
     window = getattr(config, "sliding_window", None)
     if not window:
@@ -205,7 +211,7 @@ def _probe(model: TreeModel) -> tuple[Path, str]:
     model.model.eval()
     reasons = []
     try:
-        with torch.no_grad(), _small_window(model.config):
+        with torch.no_grad(), small_window(model.config):
             truth = model.hidden(probe.plain)[probe.plain.source].float()
             for path in _paths(model):
                 model.path = path

@@ -1,0 +1,171 @@
+"""Several responses a prompt, token by token: prompts are read once, and rows that are finished leave.
+
+On a CPU, models whose trees are packed keep a prompt's keys once for all its samples (past.py). Whether a model
+decodes so what it decodes by transformers' cache is measured with a few tokens before; where it does not, that cache
+does it, with the prompt's keys repeated.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from prefdistill.data.tree import Place
+from prefdistill.models.backbone import device_of, unwrap
+from prefdistill.models.forward import TreeModel, small_window
+from prefdistill.models.past import Past
+
+logger = logging.getLogger(__name__)
+
+PROBE_STEPS = ((0, 2, 3), (1, 2), (0, 1))  # rows that go on, of four: one leaves, then a whole prompt, then none
+
+
+class Decoding(Protocol):
+    """Responses under way.
+
+    Attributes:
+        logits: [rows, vocabulary], of every row's next token.
+    """
+
+    logits: Tensor
+
+    def keep(self, rows: Tensor) -> None:
+        """Goes on with these rows alone, in order; `logits` are those of the token before."""
+
+    def next(self, tokens: Tensor) -> None:
+        """Every row's next token, [rows]; `logits` are then those of the one after it."""
+
+
+def decoder(model: nn.Module) -> Callable[[Sequence[Sequence[int]], int, int], Decoding]:
+    """How this model, which must not train, decodes: (prompts, samples of each, tokens of a response) -> Decoding.
+
+    Rows are a prompt's samples beside each other.
+    """
+    if device_of(model).type == "cpu":
+        tree = TreeModel(model)
+        if tree.path == "packed":
+            reason = _mismatch_once(tree)
+            if reason is None:
+                return lambda prompts, samples, room: _Shared(tree, prompts, samples, room)
+            logger.info("%s decodes by transformers' cache (%s)", type(tree.core).__name__, reason)
+    core = unwrap(model)
+    return lambda prompts, samples, room: _Repeated(core, prompts, samples)
+
+
+class _Shared:
+    """By `Past`; no prompt is padded while it is read."""
+
+    def __init__(self, tree: TreeModel, prompts: Sequence[Sequence[int]], samples: int, room: int) -> None:
+        self.tree, self.device = tree, device_of(tree.model)
+        lengths = [len(p) for p in prompts]
+        self.past = Past(lengths, samples, room - 1, self.device)  # nothing goes on from the last token
+        ends = torch.tensor(lengths, device=self.device).cumsum(0)
+        places = [Place(int(end) - n, n, ()) for end, n in zip(ends, lengths, strict=True)]
+        ids = torch.tensor([i for p in prompts for i in p], device=self.device)
+        positions = torch.cat([torch.arange(n, device=self.device) for n in lengths])
+        self.logits = self._run(ids, positions, places, ends - 1).repeat_interleave(samples, 0)
+        self.past.reading = False
+
+    def keep(self, rows: Tensor) -> None:
+        self.past.keep(rows)
+
+    def next(self, tokens: Tensor) -> None:
+        self.logits = self._run(tokens, self.past.positions, (), 0)
+        self.past.advance()
+
+    def _run(self, ids: Tensor, positions: Tensor, places: Sequence[Place], wanted: Tensor | int) -> Tensor:
+        out = self.tree.core(
+            input_ids=ids[None],
+            attention_mask=self.tree.carriers(places, self.past),
+            position_ids=positions[None],
+            use_cache=False,
+            logits_to_keep=wanted,
+        )
+        logits: Tensor = out.logits[0]
+        return logits
+
+
+class _Repeated:
+    """By transformers' cache: prompts are padded at their left, and their keys repeated for their samples."""
+
+    def __init__(self, core: Any, prompts: Sequence[Sequence[int]], samples: int) -> None:
+        self.core = core
+        device, width = device_of(core), max(map(len, prompts))
+        ids = torch.zeros((len(prompts), width), dtype=torch.long)
+        mask = torch.zeros((len(prompts), width), dtype=torch.long)
+        for b, prompt in enumerate(prompts):
+            ids[b, width - len(prompt) :] = torch.tensor(prompt)
+            mask[b, width - len(prompt) :] = 1
+        self.mask = mask.to(device)
+        self.cache = transformers.DynamicCache(config=core.config)
+        named = "cache" in inspect.signature(core.forward).parameters  # transformers' newer name for it
+        self.given = {"cache" if named else "past_key_values": self.cache, "use_cache": True, "logits_to_keep": 1}
+        self.logits = self._run(ids.to(device), (self.mask.cumsum(1) - 1).clamp_min(0))
+        if samples > 1:
+            self.cache.batch_repeat_interleave(samples)
+            self.logits, self.mask = (x.repeat_interleave(samples, 0) for x in (self.logits, self.mask))
+
+    def keep(self, rows: Tensor) -> None:
+        self.cache.batch_select_indices(rows)
+        self.mask = self.mask[rows]
+
+    def next(self, tokens: Tensor) -> None:
+        positions = self.mask.sum(1, keepdim=True)
+        self.mask = torch.cat([self.mask, self.mask.new_ones((len(self.mask), 1))], 1)
+        self.logits = self._run(tokens[:, None], positions)
+
+    def _run(self, ids: Tensor, positions: Tensor) -> Tensor:
+        out = self.core(
+            input_ids=ids,
+            attention_mask=self.mask,
+            position_ids=positions,
+            **self.given,
+        )
+        logits: Tensor = out.logits[:, -1]
+        return logits
+
+
+_KNOWN: dict[tuple[type, str], str | None] = {}
+
+
+def _mismatch_once(tree: TreeModel) -> str | None:
+    """`_mismatch`, asked once for all models of an architecture and configuration: their weights do not matter."""
+    key = type(tree.core), tree.core.config.to_json_string()
+    if key not in _KNOWN:
+        _KNOWN[key] = _mismatch(tree)
+    return _KNOWN[key]
+
+
+def _mismatch(tree: TreeModel) -> str | None:
+    """Why shared keys do not decode what transformers' cache decodes, or None if they do."""
+    v = int(tree.config.vocab_size)
+    ids = [(7 * i + 3) % v for i in range(24)]
+    prompts = (ids[:9], ids[9:11])
+    try:
+        with torch.no_grad(), small_window(tree.config):
+            ours = _followed(_Shared(tree, prompts, 2, len(PROBE_STEPS) + 1), ids[11:])
+            truth = _followed(_Repeated(tree.core, prompts, 2), ids[11:])
+    except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError) as error:
+        # A model that takes no such masks, or a PyTorch without such a kernel, says so in its own words.
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    tolerance = 1e-3 if next(tree.backbone.parameters()).dtype == torch.float32 else 0.1
+    worst = float((ours - truth).abs().max() / truth.pow(2).mean().sqrt().clamp_min(1e-6))
+    return None if worst <= tolerance else f"off by {worst:.2g} of the logits' size"
+
+
+def _followed(decoding: Decoding, ids: Sequence[int]) -> Tensor:
+    """The logits of all steps of the probe, [rows of all steps, vocabulary]."""
+    found = [decoding.logits.float()]
+    for step, rows in enumerate(PROBE_STEPS):
+        kept = torch.tensor(rows, device=decoding.logits.device)
+        if len(rows) < len(decoding.logits):
+            decoding.keep(kept)
+        decoding.next(torch.tensor([ids[step + i] for i in rows], device=kept.device))
+        found.append(decoding.logits.float())
+    return torch.cat(found)
