@@ -17,7 +17,7 @@ from tiny_models import VOCAB, tiny
 
 SHARED = ["llama", "qwen3", "gemma3", "mistral", "granite", "gpt2"]
 REPEATED = ["gemma2", "bloom"]  # soft caps, ALiBi: they do not attend by sdpa
-EXACT = {"atol": 1e-5, "rtol": 1e-5}
+EXACT = {"atol": 5e-5, "rtol": 1e-4}  # float32 sums in another order
 
 
 def _model(family):
