@@ -31,7 +31,7 @@ def _truth(model, row):
 def _follow(model, prompts, samples, leaving, *, exact):
     """Decodes random tokens, rows leaving at random; every step's logits against the rows' own full forwards."""
     draw = torch.Generator().manual_seed(len(leaving))
-    found = decoder(model)(prompts, samples, len(leaving) + 1)
+    found = decoder(model).start(prompts, samples, len(leaving) + 1)
     rows = [list(p) for p in prompts for _ in range(samples)]
     for stay in leaving:
         torch.testing.assert_close(found.logits, torch.stack([_truth(model, r) for r in rows]), **exact)
@@ -71,6 +71,7 @@ def test_others_go_by_transformers_cache(family):
     with torch.no_grad():
         found = _follow(_model(family), [[5, 6, 7, 8], [9, 4]], 2, [255, 0b1110, 255], exact=EXACT)
     assert isinstance(found, decoding._Repeated)
+    assert decoder(_model(family)).held(4, 2, 3) == 8 + 6
 
 
 def test_bfloat16_is_as_near_as_transformers_cache():
@@ -87,7 +88,7 @@ def test_bfloat16_is_as_near_as_transformers_cache():
         return torch.stack(out).float()
 
     with torch.no_grad():
-        shared = decoder(model)
+        shared = decoder(model).start
         truth = logits(lambda: shared(prompts, 2, 4))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             ours = logits(lambda: shared(prompts, 2, 4))
@@ -106,7 +107,7 @@ def test_a_model_that_decodes_otherwise_is_found(monkeypatch, caplog, wrong):
     else:
         monkeypatch.setattr(Past, "attend", lambda self, n, q, k, v, w, s: q)
     with caplog.at_level(logging.INFO, logger="prefdistill.models.decoding"):
-        found = decoder(_model("llama"))([[5, 6, 7]], 2, 4)
+        found = decoder(_model("llama")).start([[5, 6, 7]], 2, 4)
     assert isinstance(found, decoding._Repeated)
     assert "decodes by transformers' cache" in caplog.text
 
@@ -124,10 +125,11 @@ def test_an_architecture_is_asked_once(monkeypatch):
 def test_a_prompts_keys_stand_once_and_leave_with_its_samples():
     model = _model("llama")
     with torch.no_grad():
-        found = decoder(model)([[5, 6, 7, 8]] + [[9, 4]] * 3, 5, 4)
+        found = decoder(model).start([[5, 6, 7, 8]] + [[9, 4]] * 3, 5, 4)
         (layer, *_) = found.past._layers.values()
         assert layer.prompt_keys.shape == (4, 2, 4, 8)
         assert layer.keys.shape == (20, 2, 3, 8)
+        assert decoder(model).held(4, 5, 3) == 4 + 15
         found.keep(torch.arange(5, 20))  # the first prompt's samples are done
         assert layer.prompt_keys.shape[0] == 3
         assert layer.keys.shape[0] == 15

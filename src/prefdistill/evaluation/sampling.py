@@ -64,7 +64,8 @@ def sample(
         model: a causal language model of transformers.
         prompts: prompt ids.
         end_ids: tokens that end a response.
-        token_budget: bound on prompt and response tokens held at a time, padding included.
+        token_budget: bound on prompt and response tokens held at a time, padding included; a prompt counts once where
+            the model can keep its keys once.
         keys: a number for each prompt that its random numbers hang on (its place by default).
         progress: told how many prompts were done, a batch at a time.
         known: samples by the prompt's place that an earlier call with the same arguments drew; batches are cut as
@@ -74,17 +75,18 @@ def sample(
     """
     known = known or {}
     keys = range(len(prompts)) if keys is None else keys
-    batches = _batches(prompts, n, options.max_new_tokens, token_budget)
     out: list[list[Sample]] = [[] for _ in prompts]
+    if all(i in known for i in range(len(prompts))):
+        progress(len(prompts))
+        return [known[i] for i in range(len(prompts))]
     training = model.training
     model.eval()
-    own = batches[share[0] :: share[1]]
-    drawing = any(i not in known for rows in own for i in rows)
-    decode = decoder(model) if drawing else None
+    made = decoder(model)
+    batches = _batches(prompts, lambda longest: made.held(longest, n, options.max_new_tokens), token_budget)
     with inference(model, precision):
         for number, rows in enumerate(batches):
             if number % share[1] == share[0]:
-                if decode is None or all(i in known for i in rows):
+                if all(i in known for i in rows):
                     for i in rows:
                         out[i] = known[i]
                 else:
@@ -95,7 +97,7 @@ def sample(
                             for s in range(n)
                         ]
                     )
-                    decoding = decode([prompts[i] for i in rows], n, options.max_new_tokens)
+                    decoding = made.start([prompts[i] for i in rows], n, options.max_new_tokens)
                     drawn = _drawn(decoding, set(end_ids), options, noise)
                     for j, i in enumerate(rows):
                         out[i] = drawn[j * n : (j + 1) * n]
@@ -105,13 +107,12 @@ def sample(
     return out
 
 
-def _batches(prompts: Sequence[tuple[int, ...]], n: int, room: int, token_budget: int) -> list[list[int]]:
-    """Places of prompts, longest first, whose padded samples fit into the budget together; one alone where none do."""
+def _batches(prompts: Sequence[tuple[int, ...]], held: Callable[[int], int], token_budget: int) -> list[list[int]]:
+    """Places of prompts, longest first, whose tokens, each as the longest, fit into the budget; one where none do."""
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     batches = []
     while order:
-        width = len(prompts[order[0]]) + room
-        fits = max(1, token_budget // (width * n))
+        fits = max(1, token_budget // held(len(prompts[order[0]])))
         batches.append(order[:fits])
         order = order[fits:]
     return batches

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -42,20 +43,35 @@ class Decoding(Protocol):
         """Every row's next token, [rows]; `logits` are then those of the one after it."""
 
 
-def decoder(model: nn.Module) -> Callable[[Sequence[Sequence[int]], int, int], Decoding]:
-    """How this model, which must not train, decodes: (prompts, samples of each, tokens of a response) -> Decoding.
+@dataclass(frozen=True)
+class Decoder:
+    """How a model decodes.
 
-    Rows are a prompt's samples beside each other.
+    Attributes:
+        start: (prompts, samples of each, tokens of a response) -> their responses under way; a prompt's samples are
+            rows beside each other.
+        shares: whether a prompt's keys stand once for its samples.
     """
+
+    start: Callable[[Sequence[Sequence[int]], int, int], Decoding]
+    shares: bool
+
+    def held(self, prompt: int, samples: int, room: int) -> int:
+        """Tokens whose keys are held for a prompt of so many and its responses."""
+        return (prompt if self.shares else samples * prompt) + samples * room
+
+
+def decoder(model: nn.Module) -> Decoder:
+    """How this model decodes, which must be in evaluation mode."""
     if device_of(model).type == "cpu":
         tree = TreeModel(model)
         if tree.path == "packed":
             reason = _mismatch_once(tree)
             if reason is None:
-                return lambda prompts, samples, room: _Shared(tree, prompts, samples, room)
+                return Decoder(lambda prompts, samples, room: _Shared(tree, prompts, samples, room), shares=True)
             logger.info("%s decodes by transformers' cache (%s)", type(tree.core).__name__, reason)
     core = unwrap(model)
-    return lambda prompts, samples, room: _Repeated(core, prompts, samples)
+    return Decoder(lambda prompts, samples, room: _Repeated(core, prompts, samples), shares=False)
 
 
 class _Shared:
