@@ -195,7 +195,7 @@ def test_a_run_samples_by_vllm_alone_and_trains_without_it(vllm, data, model_fol
         return real(self, *arguments, **options)
 
     monkeypatch.setattr(TreeTrainer, "training_step", step)
-    monkeypatch.setattr(sampling, "_drawn", lambda *a, **k: pytest.fail("sampled by the own sampler"))
+    monkeypatch.setattr(sampling, "_sample_batch", lambda *a, **k: pytest.fail("sampled by the own sampler"))
     out = tmp_path / "run"
     pipeline.run(small(data, model_folder, out, **RUN))
     assert steps

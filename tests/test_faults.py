@@ -223,7 +223,7 @@ def test_a_stopped_sampling_goes_on_after_its_last_batch(stage, data, model_fold
         batches.append(args[1])
         return real(*args)
 
-    monkeypatch.setattr(sampling, "_drawn", stop)
+    monkeypatch.setattr(sampling, "_sample_batch", stop)
     with pytest.raises(KeyboardInterrupt):
         pipeline.run(stopped, until=until)
     first, batches[:] = [p for b in batches for p in b], [None]
@@ -232,7 +232,7 @@ def test_a_stopped_sampling_goes_on_after_its_last_batch(stage, data, model_fold
         batches.append(args[1])
         return real(*args)
 
-    monkeypatch.setattr(sampling, "_drawn", count)
+    monkeypatch.setattr(sampling, "_sample_batch", count)
     pipeline.run(stopped, until=until)
     assert first
     again = [p for b in batches[1:] for p in b]

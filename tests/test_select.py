@@ -89,7 +89,7 @@ def test_a_stopped_choice_goes_on(data, model_folder, tmp_path, monkeypatch):  #
     with pytest.raises(KeyboardInterrupt):
         pipeline.run(config(tmp_path / "stopped"), until="distill")
     monkeypatch.setattr(TreeTrainer, "training_step", lambda *a, **k: pytest.fail("trained again"))
-    monkeypatch.setattr(sampling, "_drawn", lambda *a, **k: pytest.fail("sampled again"))
+    monkeypatch.setattr(sampling, "_sample_batch", lambda *a, **k: pytest.fail("sampled again"))
     pipeline.run(config(tmp_path / "stopped"), until="distill")
     for name in ("checkpoints.json", "history.json", "model.safetensors"):
         whole, stopped = ((tmp_path / run / "policy" / "dpo" / name).read_bytes() for run in ("whole", "stopped"))

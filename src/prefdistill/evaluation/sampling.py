@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prefdistill.models.decoding import Decoding, decoder
+from prefdistill.models.decoding import Decoder, decoder
 from prefdistill.models.inference import inference
 
 
@@ -97,8 +97,7 @@ def sample(
                             for s in range(n)
                         ]
                     )
-                    decoding = made.start([prompts[i] for i in rows], n, options.max_new_tokens)
-                    drawn = _drawn(decoding, set(end_ids), options, noise)
+                    drawn = _sample_batch(made, [prompts[i] for i in rows], n, set(end_ids), options, noise)
                     for j, i in enumerate(rows):
                         out[i] = drawn[j * n : (j + 1) * n]
                     keep({i: out[i] for i in rows})
@@ -118,8 +117,16 @@ def _batches(prompts: Sequence[tuple[int, ...]], held: Callable[[int], int], tok
     return batches
 
 
-def _drawn(decoding: Decoding, end_ids: set[int], options: SamplingOptions, noise: np.ndarray) -> list[Sample]:
-    """The responses of all rows, from uniform numbers [rows, max_new_tokens]."""
+def _sample_batch(
+    made: Decoder,
+    prompts: Sequence[tuple[int, ...]],
+    n: int,
+    end_ids: set[int],
+    options: SamplingOptions,
+    noise: np.ndarray,
+) -> list[Sample]:
+    """`n` responses for each prompt, a prompt's beside each other, from uniform numbers [rows, max_new_tokens]."""
+    decoding = made.start(prompts, n, options.max_new_tokens)
     generated: list[list[int]] = [[] for _ in noise]
     ended = [False] * len(generated)
     alive = list(range(len(generated)))
