@@ -52,7 +52,8 @@ def step_gigabytes(
 ) -> float:
     """Of a step over these prompts at once, beside what the process holds without a model.
 
-    A scoring pass keeps nothing: its states are a layer's, and what it casts is a matrix's.
+    A scoring pass keeps nothing: its states are a layer's. Copies of the weights that it casts are kept only where
+    memory has room, and not counted.
 
     Args:
         nf4: the base lies in four bits and is cast a matrix at a time.
