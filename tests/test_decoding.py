@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from prefdistill.errors import ConfigError
 from prefdistill.models import decoding, past
 from prefdistill.models.decoding import decoder
+from prefdistill.models.loading import add_lora
 from prefdistill.models.past import Past
 from tiny_models import VOCAB, tiny
 
@@ -110,6 +112,38 @@ def test_a_model_that_decodes_otherwise_is_found(monkeypatch, caplog, wrong):
         found = decoder(_model("llama")).start([[5, 6, 7]], 2, 4)
     assert isinstance(found, decoding._Repeated)
     assert "decodes by transformers' cache" in caplog.text
+
+
+@pytest.mark.parametrize("error", [ConfigError, AttributeError, TypeError, RuntimeError])
+def test_a_model_that_cannot_go_by_trees_is_sampled_all_the_same(monkeypatch, caplog, error):
+    def refuses(*args, **kwargs):
+        raise error("no hidden states")
+
+    monkeypatch.setattr(decoding, "TreeModel", refuses)
+    with torch.no_grad(), caplog.at_level(logging.INFO, logger="prefdistill.models.decoding"):
+        found = _follow(_model("llama"), [[5, 6, 7], [9, 4]], 2, [255, 0b1110], exact=EXACT)
+    assert isinstance(found, decoding._Repeated)
+    assert f"{error.__name__}: no hidden states" in caplog.text
+
+
+def test_adapters_are_heard():
+    adapted = add_lora(tiny("llama"), rank=4, task="CAUSAL_LM").eval()
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    with torch.no_grad():
+        found = _follow(adapted, [[5, 6, 7], [9, 4]], 2, [255, 0b1110, 255], exact=EXACT)
+        assert isinstance(found, decoding._Shared)
+        with adapted.disable_adapter():
+            plain = _follow(adapted, [[5, 6, 7], [9, 4]], 2, [255, 0b1110, 255], exact=EXACT)
+    assert not torch.allclose(found.logits, plain.logits, atol=0.01)
+
+
+def test_sampling_says_nothing_of_paths_that_it_does_not_go(caplog):
+    with caplog.at_level(logging.WARNING):
+        decoder(tiny("mamba").eval())
+        decoder(tiny("bloom").eval())
+    assert not caplog.records
 
 
 def test_an_architecture_is_asked_once(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
+from prefdistill.data.tree import Tree
 from prefdistill.models import attention, flash, forward
 from prefdistill.models.attention import carrier_mask
 from prefdistill.models.forward import TreeModel
@@ -201,6 +203,64 @@ def test_what_the_kernels_do_not_know_is_not_given_to_them(monkeypatch):
         assert fits()
         assert fits(256, 256)
         assert not any([fits(60, 60), fits(264, 264), fits(64, 32), fits(dtype=torch.float32), fits(device="cpu")])
+
+
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [
+        ({"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576}, (9, 3, 64)),
+        ({"num_attention_heads": 8, "hidden_size": 64}, (8, 8, 8)),
+        ({"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 256, "hidden_size": 64}, (8, 2, 256)),
+        ({"num_attention_heads": [4, 8], "hidden_size": 64}, flash.SHAPE),
+        ({"hidden_size": 64}, flash.SHAPE),
+    ],
+)
+def test_the_shape_of_a_models_heads(config, shape):
+    assert flash.shape_of(SimpleNamespace(**config)) == shape
+
+
+def _as_on_a_gpu(monkeypatch):
+    """Lets a model on a CPU attend as one on a GPU would, the kernel's arithmetic in float32."""
+
+    def kernel(q, k, v, *args, **kwargs):
+        return varlen(q.float(), k.float(), v.float(), *args, **kwargs).to(q.dtype)
+
+    over = attention._over
+    monkeypatch.setattr(flash, "_kernel", lambda: kernel)
+    monkeypatch.setattr(flash, "takes", lambda q, k, v: flash.works(q.device, (q.shape[1], k.shape[1], q.shape[2])))
+    monkeypatch.setattr(attention, "_over", lambda *a: over(*a[:-1], "cuda"))
+
+
+def test_a_kernel_is_asked_inside_a_checkpointed_layer(monkeypatch):
+    """What the question saves for its own backward pass is not the layer's."""
+    _as_on_a_gpu(monkeypatch)
+    grads = []
+    for checkpointing in (None, {"use_reentrant": True}, {"use_reentrant": False}):
+        flash.works.cache_clear()
+        raw = tiny("llama").train()
+        model = TreeModel(raw)
+        if checkpointing:
+            raw.gradient_checkpointing_enable(checkpointing)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model.logps(model.collate([Tree((5, 6, 7, 8, 9), ((10, 11, 12), (13, 14)))])).sum()
+        loss.backward()
+        assert flash.works.cache_info().misses == 1
+        grads.append([p.grad for p in raw.parameters()])
+    flash.works.cache_clear()
+    for plain, *again in zip(*grads, strict=True):
+        assert all(torch.equal(plain, g) for g in again)
+
+
+def test_dropout_falls_on_probabilities_on_a_gpu_too(monkeypatch):
+    monkeypatch.setattr(flash, "takes", lambda *_: pytest.fail("flash kernels know no dropout"))
+    places = places_of([(5, (3, 2)), (2, (1,))])
+    q, k, v = rows(*heads(places[-1].end, width=4, value=4))
+    row = carrier_mask(places, window=None, device=CPU).row
+    torch.manual_seed(0)
+    drawn = torch.stack([attention._over(row, q, k, v, 0.5, 0.2, "cuda") for _ in range(2000)]).detach()
+    assert not torch.equal(drawn[0], drawn[1])
+    truth = flash.dense(q, k, v, places, row.masks, 0.5).detach()
+    torch.testing.assert_close(drawn.mean(0), truth, atol=0.15, rtol=0)
 
 
 @pytest.mark.parametrize("taken", [True, False])

@@ -69,6 +69,15 @@ def test_the_largest_trees_count():
     assert step_bytes(model, [*TREES, long], 1, bfloat16=False) == step_bytes(model, [long], 1, bfloat16=False)
 
 
+def test_keys_that_flash_kernels_gather_count_on_a_gpu(monkeypatch):
+    model = tiny("llama")  # two key heads of 8 in four layers
+    tree = Tree(tuple(range(3, 103)), ((5,), (6, 7), (8,)))
+    before = step_bytes(model, [tree], 1, bfloat16=True)
+    monkeypatch.setattr(memory, "device_of", lambda _: torch.device("cuda"))
+    gathered = 2 * 2 * 8 * 4 * 2 * 300  # keys and values, bfloat16, the prompt for each of three responses
+    assert step_bytes(model, [tree], 1, bfloat16=True) - before == pytest.approx(memory.MARGIN * gathered, abs=1)
+
+
 def test_free_memory_is_within_the_containers(monkeypatch, tmp_path):
     (tmp_path / "memory.max").write_text("5000\n")
     (tmp_path / "memory.current").write_text("1200\n")

@@ -109,11 +109,11 @@ def sample(
 def _batches(prompts: Sequence[tuple[int, ...]], held: Callable[[int], int], token_budget: int) -> list[list[int]]:
     """Places of prompts, longest first, whose tokens, each as the longest, fit into the budget; one where none do."""
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
-    batches = []
-    while order:
-        fits = max(1, token_budget // held(len(prompts[order[0]])))
-        batches.append(order[:fits])
-        order = order[fits:]
+    batches, start = [], 0
+    while start < len(order):
+        fits = max(1, token_budget // held(len(prompts[order[start]])))
+        batches.append(order[start : start + fits])
+        start += fits
     return batches
 
 

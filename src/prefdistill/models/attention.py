@@ -214,10 +214,10 @@ def attend(
 
 def _over(row: Row, q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, kind: str) -> Tensor:
     """[tokens, heads, d] from q [tokens, heads, d] and k, v [tokens, key heads, d], by what this kind of device has."""
-    if dropout == 0 and kind != "cpu":  # where every block's products would be launches of their own
-        if flash.takes(q, k, v):
+    if kind != "cpu":  # where every block's products would be launches of their own
+        if dropout == 0 and flash.takes(q, k, v):
             return flash.attend(q, k, v, row.sequences, row.window, scale)
-        return flash.dense(q, k, v, row.places, row.masks, scale)
+        return flash.dense(q, k, v, row.places, row.masks, scale, dropout)
     if dropout == 0 and native.takes(q, k, v) and (compiled := library()) is not None:
         return native.attend(compiled, q, k, v, row.blocks, scale)
     q = (q * scale).unflatten(1, (k.shape[1], -1))

@@ -17,13 +17,19 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from prefdistill.data.checks import short
 from prefdistill.data.tree import Place
+from prefdistill.errors import ConfigError
 from prefdistill.models.backbone import device_of, unwrap
 from prefdistill.models.forward import TreeModel, small_window
 from prefdistill.models.past import Past
 
 logger = logging.getLogger(__name__)
 
+# What a model that takes no such rows or masks, or a PyTorch without such a kernel, may raise: why, in its own words.
+REFUSALS = (
+    ConfigError, RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError,
+)  # fmt: skip
 PROBE_STEPS = ((0, 2, 3), (1, 2), (0, 1))  # rows that go on, of four: one leaves, then a whole prompt, then none
 
 
@@ -63,14 +69,16 @@ class Decoder:
 
 def decoder(model: nn.Module) -> Decoder:
     """How this model decodes, which must be in evaluation mode."""
-    if device_of(model).type == "cpu":
-        tree = TreeModel(model)
-        if tree.path == "packed":
-            reason = _mismatch_once(tree)
-            if reason is None:
-                return Decoder(lambda prompts, samples, room: _Shared(tree, prompts, samples, room), shares=True)
-            logger.info("%s decodes by transformers' cache (%s)", type(tree.core).__name__, reason)
     core = unwrap(model)
+    if device_of(model).type == "cpu":
+        try:
+            tree = TreeModel(model, path="packed")
+            reason = _mismatch_once(tree)
+        except REFUSALS as error:
+            reason = _words(error)
+        if reason is None:
+            return Decoder(lambda prompts, samples, room: _Shared(tree, prompts, samples, room), shares=True)
+        logger.info("%s decodes by transformers' cache (%s)", type(core).__name__, reason)
     return Decoder(lambda prompts, samples, room: _Repeated(core, prompts, samples), shares=False)
 
 
@@ -147,12 +155,13 @@ class _Repeated:
         return logits
 
 
-_KNOWN: dict[tuple[type, str], str | None] = {}
+_KNOWN: dict[tuple[type | str, ...], str | None] = {}
 
 
 def _mismatch_once(tree: TreeModel) -> str | None:
-    """`_mismatch`, asked once for all models of an architecture and configuration: their weights do not matter."""
-    key = type(tree.core), tree.core.config.to_json_string()
+    """`_mismatch`, asked once for all models of an architecture, configuration and kinds of numbers."""
+    kinds = sorted({str(p.dtype) for p in tree.model.parameters()})
+    key = type(tree.core), tree.core.config.to_json_string(), *kinds
     if key not in _KNOWN:
         _KNOWN[key] = _mismatch(tree)
     return _KNOWN[key]
@@ -167,12 +176,15 @@ def _mismatch(tree: TreeModel) -> str | None:
         with torch.no_grad(), small_window(tree.config):
             ours = _followed(_Shared(tree, prompts, 2, len(PROBE_STEPS) + 1), ids[11:])
             truth = _followed(_Repeated(tree.core, prompts, 2), ids[11:])
-    except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError) as error:
-        # A model that takes no such masks, or a PyTorch without such a kernel, says so in its own words.
-        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-    tolerance = 1e-3 if next(tree.backbone.parameters()).dtype == torch.float32 else 0.1
+    except REFUSALS as error:
+        return _words(error)
+    exact = all(p.dtype == torch.float32 for p in tree.model.parameters())
     worst = float((ours - truth).abs().max() / truth.pow(2).mean().sqrt().clamp_min(1e-6))
-    return None if worst <= tolerance else f"off by {worst:.2g} of the logits' size"
+    return None if worst <= (1e-3 if exact else 0.1) else f"off by {worst:.2g} of the logits' size"
+
+
+def _words(error: Exception) -> str:
+    return short(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}", 200)
 
 
 def _followed(decoding: Decoding, ids: Sequence[int]) -> Tensor:

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prefdistill.data.checks import short
 from prefdistill.data.tree import Place, tree_mask
 
 logger = logging.getLogger(__name__)
 
-SHAPE = (4, 2, 64)  # heads, key heads, size of a head: asked about where no layer has come yet
+SHAPE = (4, 2, 64)  # heads, key heads, size of a head: asked about where a configuration does not tell
 LONGEST_HEAD, STEP = 256, 8  # sizes that the kernels know
 TOLERANCE = 0.1  # of the values' root mean square: bfloat16 stays below 0.03, a key too many goes beyond 0.3
 
@@ -64,6 +65,16 @@ def _ends(lengths: Sequence[int]) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
 
+def shape_of(config: Any) -> tuple[int, int, int]:
+    """Heads, key heads and a head's size of a model's layers, as far as its configuration tells them."""
+    heads = getattr(config, "num_attention_heads", None)
+    width = getattr(config, "head_dim", None) or (config.hidden_size // heads if isinstance(heads, int) else None)
+    if not isinstance(heads, int) or not isinstance(width, int):
+        return SHAPE
+    key_heads = getattr(config, "num_key_value_heads", None)
+    return heads, key_heads if isinstance(key_heads, int) else heads, width
+
+
 def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the kernels serve these queries, keys and values, [tokens, heads, d] each, and serve them right."""
     fits = k.shape == v.shape and q.shape[2] == k.shape[2] <= LONGEST_HEAD and q.shape[2] % STEP == 0
@@ -97,7 +108,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, window: int | 
 
 
 def _kernel() -> Callable[..., Any]:
-    from torch.nn.attention.varlen import varlen_attn  # since PyTorch 2.10
+    from torch.nn.attention.varlen import varlen_attn  # older PyTorch has none, or one without windows
 
     kernel: Callable[..., Any] = varlen_attn
     return kernel
@@ -128,7 +139,7 @@ def works(device: torch.device, shape: tuple[int, int, int] = SHAPE) -> bool:
         gap = _gap(device, shape)
     except (ImportError, RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         # An old PyTorch has no such kernels, an old GPU cannot run them: both say so in their own words.
-        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        reason = short(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}", 200)
     else:
         if gap <= TOLERANCE:
             return True
@@ -144,7 +155,9 @@ def _gap(device: torch.device, shape: tuple[int, int, int]) -> float:
     tokens, scale = places[-1].end, d**-0.5
     draw = torch.Generator().manual_seed(0)
     worst = 0.0
-    with torch.inference_mode(False), torch.enable_grad():
+    # Asked for in the middle of a checkpointed layer, what is saved here is not that layer's.
+    aside = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+    with torch.inference_mode(False), torch.enable_grad(), aside:
         q, k, v, weights = (
             torch.randn(tokens, n, d, generator=draw).to(device, torch.bfloat16).requires_grad_()
             for n in (heads, key_heads, key_heads, heads)
@@ -172,13 +185,23 @@ def masks_of(places: Sequence[Place], window: int | None, device: torch.device) 
     return masks
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, places: Sequence[Place], masks: Sequence[Tensor], scale: float) -> Tensor:
+def dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    places: Sequence[Place],
+    masks: Sequence[Tensor],
+    scale: float,
+    dropout: float = 0.0,
+) -> Tensor:
     """What `attend` gives, in any precision: PyTorch's attention tree by tree, under `masks_of` these places."""
     share = q.shape[1] // k.shape[1]  # keys repeated: kernels that know masks know no shared heads
     k, v = (x.repeat_interleave(share, 1) if share > 1 else x for x in (k, v))
     parts = []
     for place, mask in zip(places, masks, strict=True):
         queries, keys, values = (x[place.start : place.end].transpose(0, 1)[None] for x in (q, k, v))
-        out = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, scale=scale, dropout_p=dropout
+        )
         parts.append(out[0].transpose(0, 1))
     return torch.cat(parts)

@@ -241,7 +241,7 @@ def _probe(model: TreeModel) -> tuple[Path, str]:
 def _paths(model: TreeModel) -> list[Path]:
     # A block is some small products: on a GPU without flash kernels each would be a launch of its own.
     device = device_of(model.model)
-    packs = device.type == "cpu" or (device.type == "cuda" and flash.works(device))
+    packs = device.type == "cpu" or (device.type == "cuda" and flash.works(device, flash.shape_of(model.config)))
     return ["packed", "tree"] if packs and take_over(model.core) else ["tree"]
 
 

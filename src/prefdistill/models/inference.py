@@ -31,9 +31,9 @@ def inference(model: nn.Module, precision: str) -> Iterator[None]:
             yield
         return
     frozen = [p for p in weights if not p.requires_grad]
-    for p in frozen:
-        p.requires_grad_(True)  # no graph is made of it here
     try:
+        for p in frozen:
+            p.requires_grad_(True)  # no graph is made of it here
         with torch.no_grad(), autocast(precision, device):
             yield
     finally:

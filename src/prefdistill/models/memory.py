@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from prefdistill.data.tree import Tree
-from prefdistill.models.backbone import unwrap
+from prefdistill.models.backbone import device_of, unwrap
+from prefdistill.models.flash import shape_of
 from prefdistill.models.head import LOGITS_AT_ONCE
 
 logger = logging.getLogger(__name__)
@@ -56,8 +57,14 @@ def step_bytes(model: nn.Module, trees: Sequence[Tree], batch: int, *, bfloat16:
     """
     core: Any = unwrap(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    tokens = sum(sorted((t.tokens for t in trees), reverse=True)[:batch])
-    kept = activation_bytes(core.config, tokens, bfloat16=bfloat16)
+    largest = sorted(trees, key=lambda t: t.tokens, reverse=True)[:batch]
+    kept = activation_bytes(core.config, sum(t.tokens for t in largest), bfloat16=bfloat16)
+    if device_of(model).type == "cuda":
+        # Flash kernels keep a prompt's keys and values once more for each of its responses.
+        text = core.config.get_text_config()
+        _, key_heads, width = shape_of(text)
+        again = sum(len(t.prompt_ids) * len(t.responses) for t in largest)
+        kept += 2 * key_heads * width * (2 if bfloat16 else 4) * again * int(text.num_hidden_layers)
     return int(12 * trained + MARGIN * (kept + 4 * LOGIT_COPIES * LOGITS_AT_ONCE))
 
 
