@@ -99,6 +99,11 @@ def short(text: str, most: int = 400) -> str:
     return text if len(text) <= most else f"{text[: most // 2]} [...] {text[-most // 2 :]}"
 
 
+def words_of(error: Exception) -> str:
+    """An error of another library for a log line: its kind and the first line of what it says."""
+    return short(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}", 200)
+
+
 def names(found: Iterable[str]) -> str:
     return short(", ".join(map(repr, found))) or "none"
 

@@ -75,10 +75,10 @@ def sample(
     """
     known = known or {}
     keys = range(len(prompts)) if keys is None else keys
-    out: list[list[Sample]] = [[] for _ in prompts]
     if all(i in known for i in range(len(prompts))):
         progress(len(prompts))
         return [known[i] for i in range(len(prompts))]
+    out: list[list[Sample]] = [[] for _ in prompts]
     training = model.training
     model.eval()
     made = decoder(model)
@@ -86,10 +86,7 @@ def sample(
     with inference(model, precision):
         for number, rows in enumerate(batches):
             if number % share[1] == share[0]:
-                if all(i in known for i in rows):
-                    for i in rows:
-                        out[i] = known[i]
-                else:
+                if not all(i in known for i in rows):
                     noise = np.stack(
                         [
                             np.random.default_rng([options.seed, keys[i], s]).random(options.max_new_tokens)
@@ -98,9 +95,12 @@ def sample(
                         ]
                     )
                     drawn = _sample_batch(made, [prompts[i] for i in rows], n, set(end_ids), options, noise)
-                    for j, i in enumerate(rows):
-                        out[i] = drawn[j * n : (j + 1) * n]
-                    keep({i: out[i] for i in rows})
+                    batch = {i: drawn[j * n : (j + 1) * n] for j, i in enumerate(rows)}
+                    keep(batch)
+                else:
+                    batch = {i: known[i] for i in rows}
+                for i, samples in batch.items():
+                    out[i] = samples
             progress(len(rows))
     model.train(training)
     return out

@@ -17,7 +17,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from prefdistill.data.checks import short
+from prefdistill.data.checks import words_of
 from prefdistill.data.tree import Place
 from prefdistill.errors import ConfigError
 from prefdistill.models.backbone import device_of, unwrap
@@ -75,7 +75,7 @@ def decoder(model: nn.Module) -> Decoder:
             tree = TreeModel(model, path="packed")
             reason = _mismatch_once(tree)
         except REFUSALS as error:
-            reason = _words(error)
+            reason = words_of(error)
         if reason is None:
             return Decoder(lambda prompts, samples, room: _Shared(tree, prompts, samples, room), shares=True)
         logger.info("%s decodes by transformers' cache (%s)", type(core).__name__, reason)
@@ -177,14 +177,10 @@ def _mismatch(tree: TreeModel) -> str | None:
             ours = _followed(_Shared(tree, prompts, 2, len(PROBE_STEPS) + 1), ids[11:])
             truth = _followed(_Repeated(tree.core, prompts, 2), ids[11:])
     except REFUSALS as error:
-        return _words(error)
+        return words_of(error)
     exact = all(p.dtype == torch.float32 for p in tree.model.parameters())
     worst = float((ours - truth).abs().max() / truth.pow(2).mean().sqrt().clamp_min(1e-6))
     return None if worst <= (1e-3 if exact else 0.1) else f"off by {worst:.2g} of the logits' size"
-
-
-def _words(error: Exception) -> str:
-    return short(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}", 200)
 
 
 def _followed(decoding: Decoding, ids: Sequence[int]) -> Tensor:

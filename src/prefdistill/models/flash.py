@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefdistill.data.checks import short
+from prefdistill.data.checks import words_of
 from prefdistill.data.tree import Place, tree_mask
 
 logger = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ def works(device: torch.device, shape: tuple[int, int, int] = SHAPE) -> bool:
         gap = _gap(device, shape)
     except (ImportError, RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         # An old PyTorch has no such kernels, an old GPU cannot run them: both say so in their own words.
-        reason = short(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}", 200)
+        reason = words_of(error)
     else:
         if gap <= TOLERANCE:
             return True

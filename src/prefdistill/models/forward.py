@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from prefdistill.data.checks import words_of
 from prefdistill.data.tree import Place, Tree, TreeBatch, collate_packed, collate_plain, collate_trees, tree_mask
 from prefdistill.errors import ConfigError
 from prefdistill.models import flash
@@ -284,7 +285,7 @@ def _mismatch(model: TreeModel, probe: _Probe, truth: Tensor) -> str | None:
         other = model.hidden(changed)[changed.source].float()
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError, NotImplementedError) as error:
         # A model that refuses a 4-D mask says so in its own words; they go into the log line.
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return words_of(error)
     same = batch.response_of > 0
     if not torch.equal(tree[same], other[same]):
         return "a response sees its sibling"
