@@ -60,7 +60,8 @@ def main() -> int:
         serve(*options.worker, sizes, trial=options.trial)
         return 0
     _rate(sizes.model)  # measured before anything else runs, and kept
-    results = _earlier(options.output, {"machine": _machine(), "versions": _versions(), "sizes": vars(sizes)})
+    conditions = {"machine": _machine(), "versions": _versions(), "sizes": vars(sizes)}
+    results = earlier_of(options.output, conditions, {row.name: row.work for row in ROWS})
     order = [row.name for row in ROWS]
 
     def asked(name: str) -> bool:
@@ -82,14 +83,19 @@ def main() -> int:
     return 0
 
 
-def _earlier(folder: Path, conditions: dict[str, Any]) -> dict[str, Any]:
-    """What an earlier call has measured under the same conditions, to which rows are added; nothing otherwise."""
+def earlier_of(folder: Path, conditions: dict[str, Any], works: dict[str, str]) -> dict[str, Any]:
+    """What an earlier call has measured under the same conditions, to which rows are added; nothing otherwise.
+
+    A row whose work was another one then (`works` by its name) is left out.
+    """
     file = folder / "results.json"
     empty: dict[str, Any] = {"rows": [], "growth": None, **conditions}
     if not file.exists():
         return empty
     earlier: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return earlier if all(earlier.get(name) == value for name, value in conditions.items()) else empty
+    if any(earlier.get(name) != value for name, value in conditions.items()):
+        return empty
+    return {**earlier, "rows": [r for r in earlier["rows"] if works.get(r["name"]) == r["work"]]}
 
 
 def _write(folder: Path, results: dict[str, Any]) -> None:
@@ -107,7 +113,6 @@ def _measure(row: Any, sizes: Any, options: Any) -> dict[str, Any]:
     """Tries a row's sides, then lets ours and the fastest peer take their steps in turn."""
     from benchmarks.rows import flops_once
 
-    sizes = row.sizes(sizes)
     trials = {side: _trials(row, side, sizes, options.precision) for side in row.sides}
     fastest = {side: min(found, key=lambda p: found[p]) for side, found in trials.items()}
     peers = sorted((s for s in row.sides if s != "ours"), key=lambda s: trials[s][fastest[s]])

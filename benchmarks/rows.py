@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from benchmarks import members, policy, reward, sampling, scoring
@@ -41,7 +41,6 @@ class Row:
         head: whether logits over the vocabulary are needed.
         whole: whether a step is all prompts, not a batch of them.
         fixed_prompts: how many prompts there are, where it is not two batches.
-        batch_prompts: prompts a step, where it is not what was asked.
         passes: how often a step computes all tokens.
         steps: so many steps without a warm-up are compared by their sum, where it is not the medians.
     """
@@ -58,13 +57,8 @@ class Row:
     head: bool = True
     whole: bool = False
     fixed_prompts: int | None = None
-    batch_prompts: int | None = None
     passes: int = 1
     steps: int | None = None
-
-    def sizes(self, asked: Sizes) -> Sizes:
-        """The sizes of this row's work."""
-        return asked if self.batch_prompts is None else replace(asked, batch_prompts=self.batch_prompts)
 
     def prompts(self, sizes: Sizes, *, trial: bool = False) -> list[Prompt]:
         """The prompts of a side's steps: two batches, or those of a step that is a whole; a quarter of them to try."""
@@ -182,22 +176,20 @@ ROWS = (
     ),
     Row(
         "300 policy steps, torch.compile",
-        "DPO, one prompt a step, the time of compiling included",
+        "DPO, a pair a prompt, the time of compiling included",
         "own eager steps",
         1.3,
         "unique",
         {"ours": _of_batches(policy.ours, compiled=True), "own eager": _of_batches(policy.ours)},
-        batch_prompts=1,
         steps=300,
     ),
     Row(
         "300 policy steps, compiled for the CPU",
-        "DPO, one prompt a step, the time of compiling included",
+        "DPO, a pair a prompt, the time of compiling included",
         "own steps in PyTorch's operations",
         1.3,
         "unique",
         {"ours": _of_batches(policy.ours, native="anew"), "own": _of_batches(policy.ours, native="none")},
-        batch_prompts=1,
         steps=300,
     ),
     Row(

@@ -13,8 +13,10 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import members, policy, reward, scoring  # noqa: E402
+from benchmarks.__main__ import earlier_of  # noqa: E402
 from benchmarks.rows import flops_once  # noqa: E402
 from benchmarks.shapes import policy_of, prompts_of  # noqa: E402
+from benchmarks.table import markdown  # noqa: E402
 
 
 @pytest.mark.parametrize("trained", [policy, reward], ids=["policy", "reward"])
@@ -72,6 +74,26 @@ def test_the_command_writes_its_results(tmp_path):
     assert all(of.keys() == {"float32"} for of in row["trials"].values())
     assert {"machine", "versions"} <= set(written)
     assert written["versions"]["trl"] == "1.16.0"
+
+
+def test_rows_are_added_to_those_of_the_same_machine_and_work(tmp_path):
+    conditions = {"machine": {"cpu": "one"}, "versions": {"torch": "2"}, "sizes": {"batch_prompts": 4}}
+    rows = [{"name": "step", "work": "a pair", "ratio": 2.0}, {"name": "300 steps", "work": "one prompt", "ratio": 1.0}]
+    (tmp_path / "results.json").write_text(json.dumps({**conditions, "growth": [1], "rows": rows}))
+    works = {"step": "a pair", "300 steps": "four prompts"}
+    kept = earlier_of(tmp_path, conditions, works)
+    assert kept == {**conditions, "growth": [1], "rows": rows[:1]}
+    other = earlier_of(tmp_path, {**conditions, "machine": {"cpu": "other"}}, works)
+    assert other["rows"] == []
+    assert other["growth"] is None
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "benchmarks/amx", "benchmarks/avx2"])
+def test_pages_are_made_of_what_was_measured(folder):
+    results = json.loads((ROOT / folder / "results.json").read_text())
+    remarks = (ROOT / folder / "shortfalls.md").read_text(encoding="utf-8")
+    page = markdown(results, picture="results.svg", remarks=remarks)
+    assert (ROOT / folder / "RESULTS.md").read_text(encoding="utf-8") == page
 
 
 def test_reference_logps_are_trls():
