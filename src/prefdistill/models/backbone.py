@@ -31,3 +31,13 @@ def backbone_of(model: nn.Module) -> nn.Module:
 
 def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
+
+
+def heads_of(config: Any) -> tuple[int, int, int] | None:
+    """Heads, key heads and a head's size of a model's layers; none where the text configuration does not tell them."""
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int) or heads < 1:
+        return None
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    key_heads = getattr(config, "num_key_value_heads", None)
+    return (heads, key_heads if isinstance(key_heads, int) else heads, width) if isinstance(width, int) else None

@@ -65,16 +65,6 @@ def _ends(lengths: Sequence[int]) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
 
-def shape_of(config: Any) -> tuple[int, int, int]:
-    """Heads, key heads and a head's size of a model's layers, as far as its configuration tells them."""
-    heads = getattr(config, "num_attention_heads", None)
-    width = getattr(config, "head_dim", None) or (config.hidden_size // heads if isinstance(heads, int) else None)
-    if not isinstance(heads, int) or not isinstance(width, int):
-        return SHAPE
-    key_heads = getattr(config, "num_key_value_heads", None)
-    return heads, key_heads if isinstance(key_heads, int) else heads, width
-
-
 def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the kernels serve these queries, keys and values, [tokens, heads, d] each, and serve them right."""
     fits = k.shape == v.shape and q.shape[2] == k.shape[2] <= LONGEST_HEAD and q.shape[2] % STEP == 0

@@ -24,7 +24,7 @@ from prefdistill.errors import ConfigError
 from prefdistill.models import flash
 from prefdistill.models.allocator import keep_freed_memory
 from prefdistill.models.attention import carrier_mask, give_back, take_over
-from prefdistill.models.backbone import backbone_of, device_of, unwrap
+from prefdistill.models.backbone import backbone_of, device_of, heads_of, unwrap
 from prefdistill.models.gates import fuse_gates
 from prefdistill.models.head import Scaling, head_logps
 from prefdistill.models.norms import lighten_norms
@@ -242,7 +242,8 @@ def _probe(model: TreeModel) -> tuple[Path, str]:
 def _paths(model: TreeModel) -> list[Path]:
     # A block is some small products: on a GPU without flash kernels each would be a launch of its own.
     device = device_of(model.model)
-    packs = device.type == "cpu" or (device.type == "cuda" and flash.works(device, flash.shape_of(model.config)))
+    shape = heads_of(model.config) or flash.SHAPE
+    packs = device.type == "cpu" or (device.type == "cuda" and flash.works(device, shape))
     return ["packed", "tree"] if packs and take_over(model.core) else ["tree"]
 
 

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from prefdistill.data.tree import Tree
-from prefdistill.models.backbone import device_of, unwrap
-from prefdistill.models.flash import shape_of
+from prefdistill.models.backbone import device_of, heads_of, unwrap
 from prefdistill.models.head import LOGITS_AT_ONCE
 
 logger = logging.getLogger(__name__)
@@ -31,12 +30,15 @@ def activation_bytes(config: Any, tokens: int, *, bfloat16: bool) -> int:
     text = config.get_text_config()
     hidden, layers = int(text.hidden_size), int(text.num_hidden_layers)
     inner = int(getattr(text, "intermediate_size", None) or 4 * hidden)
-    heads = int(getattr(text, "num_attention_heads", 1) or 1)
-    key_heads = int(getattr(text, "num_key_value_heads", None) or heads)
-    width = int(getattr(text, "head_dim", None) or hidden // heads)
+    heads, key_heads, width = _heads(text)
     size = 2 if bfloat16 else 4
     read = 2 * hidden + 2 * heads * width + 2 * key_heads * width + 4 * inner
     return tokens * layers * (8 * hidden + size * read)
+
+
+def _heads(text: Any) -> tuple[int, int, int]:
+    """As `heads_of`; where a configuration does not tell, one head as wide as the hidden states."""
+    return heads_of(text) or (1, 1, int(text.hidden_size))
 
 
 def free_bytes(device: torch.device) -> int:
@@ -62,7 +64,7 @@ def step_bytes(model: nn.Module, trees: Sequence[Tree], batch: int, *, bfloat16:
     if device_of(model).type == "cuda":
         # Flash kernels keep a prompt's keys and values once more for each of its responses.
         text = core.config.get_text_config()
-        _, key_heads, width = shape_of(text)
+        _, key_heads, width = _heads(text)
         again = sum(len(t.prompt_ids) * len(t.responses) for t in largest)
         kept += 2 * key_heads * width * (2 if bfloat16 else 4) * again * int(text.num_hidden_layers)
     return int(12 * trained + MARGIN * (kept + 4 * LOGIT_COPIES * LOGITS_AT_ONCE))
