@@ -19,13 +19,13 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
+from judge_server import Server
 from prefdistill import RunConfig
 from prefdistill.cli import COMMANDS, OTHERS, SHORT, main, parse
 from prefdistill.commands.completion import options_of
 from prefdistill.data.formats import to_pair
 from prefdistill.experiments import comparison, sweep
 from prefdistill.theory import lab
-from test_llm_judge import Server
 from test_pipeline import WORDS, model_folder  # noqa: F401
 from tiny_models import tiny
 
