@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 QUICK ?=
+ROWS ?=
 N ?= 50
 SECONDS ?= 600
 # Without a GPU the CPU build spares gigabytes of CUDA: from wherever pip finds it, else from PyTorch's own index.
@@ -44,8 +45,9 @@ quickstart: setup ## the main job on the embedded default; report in runs/quicks
 quickstart-full: setup ## the same on all embedded pairs
 	$(BIN)/prefdistill run examples/quickstart-full.yaml
 
-test: setup-dev ## the quick test suite
-	$(BIN)/python -m pytest
+# A test a core, each with one thread: small tensors gain nothing by more.
+test: setup-dev ## the quick test suite, as many tests at once as there are cores (at most 8)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
 test-slow: setup-dev ## the slow proofs: the main job on the real embedded model
 	$(BIN)/python -m pytest -m slow
@@ -75,8 +77,8 @@ format: setup-dev ## rewrite the sources in ruff's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-benchmark: setup-dev ## speed against TRL in one run; table in benchmarks/RESULTS.md; takes minutes
-	$(BIN)/python -m benchmarks
+benchmark: setup-dev ## speed against TRL in one run; table in benchmarks/RESULTS.md; takes hours, ROWS="policy step" less
+	$(BIN)/python -m benchmarks $(if $(ROWS),--rows "$(ROWS)")
 
 docs: setup-dev ## the documentation as a site in site/
 	$(BIN)/python -m mkdocs build
