@@ -77,7 +77,7 @@ format: setup-dev ## rewrite the sources in ruff's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-benchmark: setup-dev ## speed against TRL in one run; table in benchmarks/RESULTS.md; takes hours, ROWS="policy step" less
+benchmark: setup-dev ## speed against TRL in one run; table in benchmarks/RESULTS.md; takes hours, ROWS="policy step," less
 	$(BIN)/python -m benchmarks $(if $(ROWS),--rows "$(ROWS)")
 
 docs: setup-dev ## the documentation as a site in site/

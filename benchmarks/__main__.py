@@ -36,7 +36,7 @@ def main() -> int:
     parser.add_argument(
         "--warmup", type=int, default=3, help="steps before those; the first wait for the kernel's memory"
     )
-    parser.add_argument("--model", default="135m", help="135m or tiny")
+    parser.add_argument("--model", default="135m", help="tiny, 30m, 135m, 360m, 1b, 8b or 70b")
     parser.add_argument("--prompt-tokens", type=int, default=360)
     parser.add_argument("--response-tokens", type=int, default=42)
     parser.add_argument("--batch-prompts", type=int, default=4)
@@ -101,12 +101,20 @@ def earlier_of(folder: Path, conditions: dict[str, Any], works: dict[str, str]) 
 def _write(folder: Path, results: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    shortfalls = folder / "shortfalls.md"  # written by hand, after looking at the table
-    remarks = shortfalls.read_text(encoding="utf-8") if shortfalls.exists() else ""
+    remarks = remarks_of(folder, results["machine"])
     (folder / "RESULTS.md").write_text(markdown(results, picture="results.svg", remarks=remarks), encoding="utf-8")
     drawn = picture(results["rows"])
     if drawn is not None:
         (folder / "results.svg").write_text(svg_of(drawn), encoding="utf-8")
+
+
+def remarks_of(folder: Path, machine: dict[str, Any]) -> str:
+    """shortfalls.md, written by hand after looking at a table, if its first line names this machine."""
+    file = folder / "shortfalls.md"
+    if not file.exists():
+        return ""
+    first, _, rest = file.read_text(encoding="utf-8").partition("\n")
+    return rest.lstrip() if first == f"<!-- {machine['gpu'] or machine['cpu']} -->" else ""
 
 
 def _measure(row: Any, sizes: Any, options: Any) -> dict[str, Any]:

@@ -33,11 +33,12 @@ def markdown(results: Mapping[str, Any], *, picture: str, remarks: str = "") -> 
         "# Speed against the peer",
         "",
         f"Made by `make benchmark`: a Llama of the shape {sizes['model']}, prompts of {sizes['prompt_tokens']} tokens, "
-        f"responses of {sizes['response_tokens']}, {sizes['batch_prompts']} prompts a step; {machine['cpu']}, "
-        f"{machine['threads']} threads{', ' + machine['gpu'] if machine['gpu'] else ''}; "
+        f"responses of {sizes['response_tokens']}, {sizes['batch_prompts']} prompts a step where a row says nothing "
+        f"else; {machine['cpu']}, {machine['threads']} threads{', ' + machine['gpu'] if machine['gpu'] else ''}; "
         + ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-        + ". Medians of steps that the sides took in turn, each in the faster of float32 and bfloat16. Utilisation: "
-        "model FLOPs of the tokens that must be computed once, over the machine's own matrix product.",
+        + ". Medians of steps that the sides took in turn (of 300 steps their sum, with compiling), each in the faster "
+        "of float32 and bfloat16. Utilisation: model FLOPs of the tokens that must be computed once, over the "
+        "machine's own matrix product.",
         "",
         f"![ratio by row]({picture})",
         "",
@@ -48,7 +49,7 @@ def markdown(results: Mapping[str, Any], *, picture: str, remarks: str = "") -> 
         memory = row["memory"]
         out.append(
             line(
-                row["name"],
+                f"{row['name']}<br>{row['work']}",
                 f"{row['peer_is']}, {row['precision']['peer']}",
                 f"{row['ours']:.2f} ({row['precision']['ours']})",
                 f"{row['peer']:.2f}",

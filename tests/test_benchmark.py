@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import members, policy, reward, scoring  # noqa: E402
-from benchmarks.__main__ import earlier_of  # noqa: E402
+from benchmarks.__main__ import earlier_of, remarks_of  # noqa: E402
 from benchmarks.rows import flops_once  # noqa: E402
 from benchmarks.shapes import policy_of, prompts_of  # noqa: E402
 from benchmarks.table import markdown  # noqa: E402
@@ -65,7 +65,7 @@ def test_the_command_writes_its_results(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "policy step, unique prompts" in done.stdout
     page = (tmp_path / "RESULTS.md").read_text(encoding="utf-8")
-    assert "| policy step, unique prompts | TRL DPOTrainer" in page
+    assert "| policy step, unique prompts<br>DPO, a pair a prompt, reference precomputed | TRL DPOTrainer" in page
     assert (tmp_path / "results.svg").read_text(encoding="utf-8").count("<svg") == 1
     written = json.loads((tmp_path / "results.json").read_text())
     row = written["rows"][0]
@@ -91,7 +91,9 @@ def test_rows_are_added_to_those_of_the_same_machine_and_work(tmp_path):
 @pytest.mark.parametrize("folder", ["benchmarks", "benchmarks/amx", "benchmarks/avx2"])
 def test_pages_are_made_of_what_was_measured(folder):
     results = json.loads((ROOT / folder / "results.json").read_text())
-    remarks = (ROOT / folder / "shortfalls.md").read_text(encoding="utf-8")
+    remarks = remarks_of(ROOT / folder, results["machine"])
+    assert "## What fell short" in remarks
+    assert remarks_of(ROOT / folder, {"cpu": "another", "gpu": None}) == ""
     page = markdown(results, picture="results.svg", remarks=remarks)
     assert (ROOT / folder / "RESULTS.md").read_text(encoding="utf-8") == page
 

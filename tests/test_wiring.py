@@ -24,8 +24,11 @@ N, SAMPLED = 2, 3
 
 
 def by_row(rows, responses):
-    """A score that hangs on the row as much as on the text."""
-    return [float((7 * row["id"] + 3 * len(text)) % 11) for row, text in zip(rows, responses, strict=True)]
+    """A score that hangs on the row and its prompt as much as on the text."""
+    return [
+        float((7 * row["id"] + 5 * len(row["prompt"]) + 3 * len(text)) % 11)
+        for row, text in zip(rows, responses, strict=True)
+    ]
 
 
 def ending(rng):
@@ -100,7 +103,10 @@ def test_samples_are_judged_against_their_own_rows(ran, method):
     for name in ("reference", method):
         scores[name] = np.array(
             [
-                by_row([g.extra] * len(d), [ran.tokenizer.decode([i for i in s if i != end]) for s in d])
+                by_row(
+                    [{**g.extra, "prompt": g.prompt}] * len(d),
+                    [ran.tokenizer.decode([i for i in s if i != end]) for s in d],
+                )
                 for g, d in zip(held_out(ran), drawn(ran, name, "samples"), strict=True)
             ]
         )

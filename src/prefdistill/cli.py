@@ -57,7 +57,7 @@ stopped goes on where it was.
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, 2 an option or the data cannot be used, 130 interrupted, 143 terminated."""
+    """Exit status: 0 done, 1 ill (`diagnose`), 2 what a user can mend, 130 interrupted, 143 terminated."""
     argv = list(sys.argv[1:] if argv is None else argv)
     all_commands = {**COMMANDS, **{name: does for name, (does, _) in OTHERS.items()}}
     commands = "\n".join(f"  {name:<10} {does}" for name, does in all_commands.items())

@@ -11,7 +11,7 @@ class DatasetOptions:
     """How pairs are read, encoded and split.
 
     Attributes:
-        split: the split of a hub data set.
+        split: the split of a hub data set, or of a saved folder that has several.
         config_name: the configuration of a hub data set.
         data_dir: the folder of a hub data set that keeps several in one repository, such as Anthropic's helpful-base.
         limit: use only the first rows (null: all).
@@ -84,8 +84,9 @@ class SampleOptions:
 
     Attributes:
         reference_per_prompt: how many; they are scored, joined to the trees as unlabelled responses (all pairs of a
-            prompt's responses are distilled), and are what forward KL is estimated on. null: 2 where a method with a
-            forward-KL term is asked for and the data's own responses are not drawn from the reference, else 0.
+            prompt's responses are distilled), and are what forward KL is estimated on. null: 2 where a method has a
+            forward-KL term (kl_alpha above 0) or a hull, and the data's own responses are not drawn from the reference;
+            else 0.
         max_new_tokens: bound on their length (at most dataset.max_response_tokens).
         engine: what samples, here, in the evaluation and in the choice of a checkpoint: own, or vllm (for GPUs).
         engine_arguments: more arguments of vllm.LLM, by name, e.g. {tensor_parallel_size: 2}.
@@ -163,7 +164,7 @@ class DistillOptions:
         tau: IPO's regularisation.
         label_smoothing: of cdpo and robust-dpo.
         reward_scale: of the rpo methods.
-        kl_alpha: weight of KL(reference || policy) in p-dpo, dp-dpo and e-dpo.
+        kl_alpha: weight of KL(reference || policy) in p-dpo, dp-dpo, e-dpo and hull-dpo.
         kl_estimator: of that term: plain (as in the paper) or control-variate (no gradient noise near the reference).
         pessimism: over the members, in e-dpo: the min for each pair or for the whole batch, or the exact worst case
             over their hull, one mixture for all prompts (hull) or one each (hull-per-prompt); hull-dpo is e-dpo with
@@ -229,7 +230,8 @@ class EvaluateOptions:
     Attributes:
         split: test, or validation while options are still being chosen: what was tuned on test prompts says nothing.
         judge: heldout (a reward model trained on pairs of its own, see dataset.judge_fraction), a folder or hub id of
-            a sequence classifier with one label, or module:function of an oracle (rows, responses) -> scores.
+            a sequence classifier with one label, or module:function of an oracle (rows, responses) -> scores, a row
+            being the prompt and the other columns.
         samples: responses a prompt from each policy.
         max_new_tokens: bound on their length.
         temperature: of sampling; KL is estimated on samples at temperature 1 and top_p 1 whatever is said here.

@@ -14,7 +14,7 @@ from prefdistill.errors import ConfigError
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
-        prog="prefdistill theory", description="The paper's claims, exactly, in worlds of a few hundred responses."
+        prog="prefdistill theory", description="The paper's claims, exactly, in small worlds."
     )
     made.add_argument("--output-dir", type=Path, default=Path("runs/theory"), help="where the page goes")
     made.add_argument("--seed", type=int, default=0, help="of the worlds")

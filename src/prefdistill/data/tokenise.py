@@ -108,6 +108,21 @@ class Encoder:
         return ""
 
     @cached_property
+    def user_turn_end(self) -> str:
+        """The first word of what the chat template writes behind a user's text: "<|im_end|>"; "" without a template."""
+        if not getattr(self.tokenizer, "chat_template", None):
+            return ""
+        said = "What a user says."
+        for probe in _PROBES:
+            try:
+                text = self.prompt_text([{**message, "content": said} for message in probe])
+            except DataError:
+                continue
+            _, found, behind = text.rpartition(said)
+            return next(iter(behind.split()), "") if found else ""
+        return ""
+
+    @cached_property
     def _turn_end_id(self) -> int | None:
         """The token that ends the chat template's assistant turn; None where the template writes none."""
         ids = self._plain(self._turn_end)

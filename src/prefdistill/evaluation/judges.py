@@ -24,7 +24,10 @@ def is_oracle(name: str) -> bool:
 
 
 def load_oracle(name: str) -> Oracle:
-    """The function behind module:function; it takes the rows (their columns besides the pair) and response texts.
+    """The function behind module:function; it takes rows and response texts, one of each a response.
+
+    A row holds the prompt, as the data have it (text or messages), and the columns besides the pair: of a prompt's
+    first row, where it has several.
 
     Raises:
         ConfigError: the module or the function does not exist.

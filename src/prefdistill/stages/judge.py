@@ -26,7 +26,7 @@ def _judge(
 ) -> np.ndarray:
     name = run.config.evaluate.judge
     if is_oracle(name):
-        rows = [g.extra for g, t in zip(groups, texts, strict=True) for _ in t]
+        rows = [{**g.extra, "prompt": g.prompt} for g, t in zip(groups, texts, strict=True) for _ in t]
         found = oracle_scores(name, rows, [plain_text(t) for ts in texts for t in ts])
         return found.reshape(len(groups), -1)
     folder = str(run.judge_path) if name == "heldout" else name

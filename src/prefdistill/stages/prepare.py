@@ -20,6 +20,7 @@ from prefdistill.data.group_files import read_groups, write_groups
 from prefdistill.data.grouping import Dropped, assign_splits, group_pairs
 from prefdistill.data.left_out import LeftOut
 from prefdistill.data.on_disk import Spool, View
+from prefdistill.data.plain_prompts import PlainPrompts
 from prefdistill.data.table import SPLITS, Groups, PromptGroup, Response, add_drawn, in_memory
 from prefdistill.data.tree import Tree
 from prefdistill.errors import DataError
@@ -128,14 +129,18 @@ def make_data(run: Run, groups: Groups, dropped: Dropped, left_out: LeftOut) -> 
     bad = left_out.counts["bad"]
     counts = _counts(groups)
     pairs = 0
+    plain = PlainPrompts(run.encoder)
 
     def counted() -> Iterator[PromptGroup]:
         nonlocal pairs
         for group in groups:
             pairs += len(group.pairs)
+            plain.see(group)
             yield group
 
     write_groups(run.groups_path, counted())
+    for warning in plain.warnings():
+        run.say(warning)
     said = (
         f"{pairs} pairs over {len(groups)} prompts ("
         + ", ".join(f"{n} {s}" for s, n in counts.items() if n)
