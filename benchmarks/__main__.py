@@ -86,7 +86,7 @@ def main() -> int:
 def earlier_of(folder: Path, conditions: dict[str, Any], works: dict[str, str]) -> dict[str, Any]:
     """What an earlier call has measured under the same conditions, to which rows are added; nothing otherwise.
 
-    A row whose work was another one then (`works` by its name) is left out.
+    A row whose work was another one then (`works` by its name) is left out, which is said.
     """
     file = folder / "results.json"
     empty: dict[str, Any] = {"rows": [], "growth": None, **conditions}
@@ -95,26 +95,32 @@ def earlier_of(folder: Path, conditions: dict[str, Any], works: dict[str, str]) 
     earlier: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     if any(earlier.get(name) != value for name, value in conditions.items()):
         return empty
-    return {**earlier, "rows": [r for r in earlier["rows"] if works.get(r["name"]) == r["work"]]}
+    same = [r for r in earlier["rows"] if works.get(r["name"]) == r["work"]]
+    for row in earlier["rows"]:
+        if row not in same:
+            print(f"{row['name']}: measured before as {row['work']!r}, which is another work now; left out", flush=True)
+    return {**earlier, "rows": same}
 
 
 def _write(folder: Path, results: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    remarks = remarks_of(folder, results["machine"])
+    remarks = remarks_of(folder, results)
     (folder / "RESULTS.md").write_text(markdown(results, picture="results.svg", remarks=remarks), encoding="utf-8")
     drawn = picture(results["rows"])
     if drawn is not None:
         (folder / "results.svg").write_text(svg_of(drawn), encoding="utf-8")
 
 
-def remarks_of(folder: Path, machine: dict[str, Any]) -> str:
-    """shortfalls.md, written by hand after looking at a table, if its first line names this machine."""
+def remarks_of(folder: Path, results: dict[str, Any]) -> str:
+    """shortfalls.md, written by hand after looking at a table, if its first line names this machine and these sizes."""
     file = folder / "shortfalls.md"
     if not file.exists():
         return ""
+    machine = results["machine"]
+    what = ", ".join([machine["gpu"] or machine["cpu"], *map(str, results["sizes"].values())])
     first, _, rest = file.read_text(encoding="utf-8").partition("\n")
-    return rest.lstrip() if first == f"<!-- {machine['gpu'] or machine['cpu']} -->" else ""
+    return rest.lstrip() if first == f"<!-- {what} -->" else ""
 
 
 def _measure(row: Any, sizes: Any, options: Any) -> dict[str, Any]:

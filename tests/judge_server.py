@@ -10,8 +10,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import openai
 
-from test_pipeline import data, model_folder, rows, small  # noqa: F401
-
 # Answers that are JSON, and nothing that an endpoint should give.
 SHAPES = {
     "empty choice": {"choices": [{}]},
@@ -112,4 +110,4 @@ class Server:
 
 
 def client(url, **options):
-    return openai.OpenAI(api_key="secret-key", base_url=url, **{"max_retries": 4, "timeout": 0.5, **options})
+    return openai.OpenAI(api_key="secret-key", base_url=url, **{"max_retries": 4, "timeout": 30, **options})

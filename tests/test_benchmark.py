@@ -91,11 +91,16 @@ def test_rows_are_added_to_those_of_the_same_machine_and_work(tmp_path):
 @pytest.mark.parametrize("folder", ["benchmarks", "benchmarks/amx", "benchmarks/avx2"])
 def test_pages_are_made_of_what_was_measured(folder):
     results = json.loads((ROOT / folder / "results.json").read_text())
-    remarks = remarks_of(ROOT / folder, results["machine"])
-    assert "## What fell short" in remarks
-    assert remarks_of(ROOT / folder, {"cpu": "another", "gpu": None}) == ""
-    page = markdown(results, picture="results.svg", remarks=remarks)
+    page = markdown(results, picture="results.svg", remarks=remarks_of(ROOT / folder, results))
     assert (ROOT / folder / "RESULTS.md").read_text(encoding="utf-8") == page
+
+
+def test_remarks_stand_under_the_table_that_they_are_of(tmp_path):
+    (tmp_path / "shortfalls.md").write_text("<!-- one CPU, 135m, 4 -->\n\n## What fell short\n", encoding="utf-8")
+    results = {"machine": {"cpu": "one CPU", "gpu": None}, "sizes": {"model": "135m", "batch_prompts": 4}}
+    assert remarks_of(tmp_path, results) == "## What fell short\n"
+    for other in ({"machine": {"cpu": "one CPU", "gpu": "a GPU"}}, {"sizes": {"model": "tiny", "batch_prompts": 4}}):
+        assert remarks_of(tmp_path, {**results, **other}) == ""
 
 
 def test_reference_logps_are_trls():

@@ -28,11 +28,17 @@ class PlainPrompts:
         self.plain += 1
         if self._mark not in group.prompt:
             self.unmarked += 1
+        elif self._mark:
+            return  # laid out by hand as the template does, which may put nothing in between
         for response in group.responses:
             if _touch(group.prompt, str(response.text)):
                 self.joined += 1
                 self._example = self._example or short(repr(group.prompt[-20:] + str(response.text)[:20]))
                 break
+
+    def counts(self) -> dict[str, int]:
+        """For data.json."""
+        return {"prompts": self.plain, "without_template": self.unmarked, "run_into_response": self.joined}
 
     def warnings(self) -> list[str]:
         """At most two texts, for the log; none where all is well."""
@@ -52,6 +58,6 @@ class PlainPrompts:
 
 
 def _touch(prompt: str, response: str) -> bool:
-    """Whether two words would become one, or a sentence begin right after a full stop; scripts without spaces pass."""
+    """Whether two words would become one, or one begin right behind a mark; code and scripts without spaces pass."""
     last, first = prompt[-1:], response[:1]
-    return bool(last) and (last + first).isascii() and not last.isspace() and first.isalnum()
+    return bool(last) and (last + first).isascii() and (last.isalnum() or last in ".,;:?!") and first.isalnum()

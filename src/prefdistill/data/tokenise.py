@@ -7,7 +7,7 @@ apart: no token ever straddles the seam (trl 1073, unsloth-zoo 1110).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -97,29 +97,35 @@ class Encoder:
     @cached_property
     def _turn_end(self) -> str:
         """What the chat template writes after an assistant's text, whatever that text is: "<|im_end|>\n"."""
-        if not getattr(self.tokenizer, "chat_template", None):
-            return ""
-        for probe in _PROBES:
-            try:
-                first, second = (self._chat_response_text(probe, [_turn(text)]) for text in "AB")
-            except DataError:
-                continue
+
+        def behind(probe: list[Message]) -> str:
+            first, second = (self._chat_response_text(probe, [_turn(text)]) for text in "AB")
             return first[len(first) - common_length(first[::-1], second[::-1]) :]
-        return ""
+
+        return self._of_a_probe(behind)
 
     @cached_property
     def user_turn_end(self) -> str:
-        """The first word of what the chat template writes behind a user's text: "<|im_end|>"; "" without a template."""
+        """The first mark that a chat template writes behind a user's text ("<|im_end|>", "[/INST]"); "" without one."""
+        said = "What a user says."
+
+        def behind(probe: list[Message]) -> str:
+            text = self.prompt_text([{**message, "content": said} for message in probe])
+            return text.rpartition(said)[2] if said in text else ""
+
+        text = self._of_a_probe(behind).strip()
+        mark = next((i for i in self._plain(text) if i in self._marks and not self._is_blank(i)), None)
+        return text.split("\n")[0].strip() if mark is None else self._decode([mark]).strip()
+
+    def _of_a_probe(self, read: Callable[[list[Message]], str]) -> str:
+        """What is read of the first probe that the chat template takes; "" without a template."""
         if not getattr(self.tokenizer, "chat_template", None):
             return ""
-        said = "What a user says."
         for probe in _PROBES:
             try:
-                text = self.prompt_text([{**message, "content": said} for message in probe])
+                return read(probe)
             except DataError:
                 continue
-            _, found, behind = text.rpartition(said)
-            return next(iter(behind.split()), "") if found else ""
         return ""
 
     @cached_property

@@ -140,14 +140,14 @@ def make_data(run: Run, groups: Groups, dropped: Dropped, left_out: LeftOut) -> 
 
     write_groups(run.groups_path, counted())
     for warning in plain.warnings():
-        run.say(warning)
+        run.say(f"warning: {warning}")
     said = (
         f"{pairs} pairs over {len(groups)} prompts ("
         + ", ".join(f"{n} {s}" for s, n in counts.items() if n)
         + f"); left out: {dropped.pairs_too_long} too long, {dropped.same_tokens} with equal tokens, {bad} bad "
         f"rows; prompts cut: {dropped.prompts_cut}"
     )
-    facts = {"prompts": counts, "pairs": pairs, "bad_rows": bad}
+    facts = {"prompts": counts, "pairs": pairs, "bad_rows": bad, "plain_prompts": plain.counts()}
     write_json(run.root / "data" / "data.json", {**facts, **dataclasses.asdict(dropped)})
     outputs = [run.groups_path, run.root / "data" / "data.json"]
     rejected = run.root / "data" / "rejected.jsonl"
