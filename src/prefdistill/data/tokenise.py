@@ -114,7 +114,7 @@ class Encoder:
             return text.rpartition(said)[2] if said in text else ""
 
         text = self._of_a_probe(behind).strip()
-        mark = next((i for i in self._plain(text) if i in self._marks and not self._is_blank(i)), None)
+        mark = next((i for i in self._plain(text) if self._is_mark(i)), None)
         return text.split("\n")[0].strip() if mark is None else self._decode([mark]).strip()
 
     def _of_a_probe(self, read: Callable[[list[Message]], str]) -> str:
@@ -135,14 +135,17 @@ class Encoder:
         for token in ids:
             if token in self._known_ends:
                 return token
-        # An unknown character is no end, although its token is a special one.
-        marks = [i for i in ids if i in self._marks and i != self.tokenizer.unk_token_id and not self._is_blank(i)]
+        marks = [i for i in ids if self._is_mark(i)]
         return marks[-1] if marks else None
 
     @cached_property
     def _marks(self) -> frozenset[int]:
         """Special and added tokens: a template's "<end_of_turn>" may be either."""
         return frozenset([*self.tokenizer.all_special_ids, *getattr(self.tokenizer, "added_tokens_decoder", ())])
+
+    def _is_mark(self, token: int) -> bool:
+        # An unknown character is none, although its token is a special one.
+        return token in self._marks and token != self.tokenizer.unk_token_id and not self._is_blank(token)
 
     def _is_blank(self, token: int) -> bool:
         return not self._decode([token]).strip()
