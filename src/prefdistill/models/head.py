@@ -1,8 +1,8 @@
 """Log-probs of response tokens from hidden states, the logits never in memory as a whole.
 
-The head runs at response positions only, some hundred of them at a time; a backward pass computes a piece's logits
-again. A plain linear head has its gradient written out here, over two buffers that are reused; any other head (an
-adapter on it, a quantised one) is asked piece by piece.
+The head runs at response positions only; a backward pass computes logits again. A plain linear head goes over some
+positions and some of the vocabulary at a time, a piece that stays in a CPU's cache, and its gradient is written out
+here; any other head (an adapter on it, a quantised one) is asked for all logits of some positions at a time.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 # Logits in memory at a time: 128 MiB of them in float32.
 LOGITS_AT_ONCE = 2**25
+# Positions and words of a piece of a plain head: 8 MiB of logits on a CPU; elsewhere as large as they may be.
+ON_CPU = (2**9, 2**12)
+ELSEWHERE = (2**11, 2**14)
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def head_logps(head: Any, scaling: Scaling, hidden: Tensor, targets: Tensor) -> 
         return found
     parts = []
     vocabulary = int(getattr(head, "out_features", None) or head.weight.shape[0])
-    for rows in _pieces(len(targets), vocabulary):
+    for rows in _pieces(len(targets), LOGITS_AT_ONCE // vocabulary):
         h, t = hidden[rows], targets[rows]
         if torch.is_grad_enabled():
             parts.append(checkpoint(_asked, head, scaling, h, t, use_reentrant=False))
@@ -82,9 +85,9 @@ def _asked(head: nn.Module, scaling: Scaling, hidden: Tensor, targets: Tensor) -
     return logits.gather(1, targets[:, None])[:, 0] - torch.logsumexp(logits, dim=1)
 
 
-def _pieces(n: int, vocabulary: int) -> list[slice]:
-    """Rows in pieces of about one size, none with more logits than LOGITS_AT_ONCE."""
-    count = -(-n // max(1, LOGITS_AT_ONCE // vocabulary))
+def _pieces(n: int, most: int) -> list[slice]:
+    """Rows in pieces of about one size, none with more than `most`."""
+    count = -(-n // max(1, most))
     size = -(-n // count)
     return [slice(i, min(n, i + size)) for i in range(0, n, size)]
 
@@ -96,49 +99,89 @@ class _LinearLogps(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scaling: Scaling, dtype: Any
     ) -> Tensor:
-        w = weight.to(dtype)
-        h = hidden.to(dtype)
-        out = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        for rows in _pieces(len(targets), len(weight)):
-            logits = scaling(_logits(h[rows], w, bias))
-            picked = logits.gather(1, targets[rows, None])[:, 0]
-            out[rows] = picked - torch.logsumexp(logits, dim=1)
-        ctx.save_for_backward(hidden, weight, bias, targets)
+        w, h = weight.to(dtype), hidden.to(dtype)
+        picked = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        sums = picked.new_empty(len(targets))
+        rows_most, words_most = _piece(hidden)
+        for rows in _pieces(len(targets), rows_most):
+            parts = []
+            # Of a size that does not hang on the batch: a row's sum is added up in the same order in every batch.
+            for words in _slices(len(weight), words_most):
+                logits = scaling(_logits(h[rows], w, bias, words))
+                here, place = _places(targets[rows], words)
+                picked[rows] = torch.where(here, logits.gather(1, place)[:, 0], picked[rows])
+                parts.append(torch.logsumexp(logits, dim=1))
+            sums[rows] = torch.logsumexp(torch.stack(parts), dim=0)
+        ctx.save_for_backward(hidden, weight, bias, targets, sums)
         # Cast once a step: the backward pass reads the same copy.
         ctx.cast, ctx.scaling = (h, w), scaling
-        return out
+        return picked - sums
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets = ctx.saved_tensors
+        hidden, weight, bias, targets, sums = ctx.saved_tensors
         (h, w), scaling = ctx.cast, ctx.scaling
         to_hidden, to_weight, to_bias = ctx.needs_input_grad[:3]
-        d_hidden = torch.empty_like(hidden) if to_hidden else None
-        d_weight: Tensor | None = None
-        d_bias = torch.zeros_like(bias, dtype=torch.float32) if to_bias else None
-        for rows in _pieces(len(targets), len(weight)):
-            logits = scaling(_logits(h[rows], w, bias))
-            slope = None if scaling.cap is None else 1 - (logits / scaling.cap).square()
-            g = grad[rows, None]
-            # d log p_t / d logit_j = 1[j = t] - p_j
-            d = torch.softmax(logits, dim=1).mul_(-g)
-            d.scatter_add_(1, targets[rows, None], g)
-            if slope is not None:
-                d.mul_(slope)
-            if scaling.factor != 1.0:
-                d.mul_(scaling.factor)
-            cast = d.to(h.dtype)
-            if d_hidden is not None:
-                d_hidden[rows] = (cast @ w).to(hidden.dtype)
-            if to_weight:
-                piece = (cast.T @ h[rows]).to(weight.dtype)
-                d_weight = piece if d_weight is None else d_weight.add_(piece)
-            if d_bias is not None:
-                d_bias += d.sum(0)
-        return d_hidden, d_weight, None if d_bias is None else d_bias.to(bias.dtype), None, None, None
+        # Sums over pieces are float32's whatever the weights are.
+        d_hidden = torch.empty_like(hidden, dtype=torch.float32) if to_hidden else None
+        d_weight = torch.empty_like(weight) if to_weight else None
+        d_bias = torch.empty_like(bias, dtype=torch.float32) if to_bias else None
+        rows_most, words_most = _piece(hidden)
+        pieces = _pieces(len(targets), rows_most)
+        for words in _slices(len(weight), words_most):
+            for rows in pieces:
+                logits = scaling(_logits(h[rows], w, bias, words))
+                slope = None if scaling.cap is None else 1 - (logits / scaling.cap).square()
+                g = grad[rows, None]
+                # d log p_t / d logit_j = 1[j = t] - p_j
+                d = logits.sub_(sums[rows, None]).exp_().mul_(-g)
+                here, place = _places(targets[rows], words)
+                d.scatter_add_(1, place, torch.where(here[:, None], g, 0.0))
+                if slope is not None:
+                    d.mul_(slope)
+                if scaling.factor != 1.0:
+                    d.mul_(scaling.factor)
+                cast = d.to(h.dtype)
+                if d_hidden is not None:
+                    _sum_up(d_hidden, rows, cast @ w[words], first=words.start == 0)
+                if d_weight is not None:
+                    _sum_up(d_weight, words, cast.T @ h[rows], first=rows.start == 0)
+                if d_bias is not None:
+                    _sum_up(d_bias, words, d.sum(0), first=rows.start == 0)
+        return (
+            None if d_hidden is None else d_hidden.to(hidden.dtype),
+            d_weight,
+            None if d_bias is None else d_bias.to(bias.dtype),
+            None,
+            None,
+            None,
+        )
 
 
-def _logits(h: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    """Unscaled logits in float32, whatever the products were in."""
+def _sum_up(total: Tensor, at: slice, part: Tensor, *, first: bool) -> None:
+    if first:
+        total[at] = part
+    else:
+        total[at] += part
+
+
+def _piece(hidden: Tensor) -> tuple[int, int]:
+    """Positions and words of a piece, at most."""
+    return ON_CPU if hidden.device.type == "cpu" else ELSEWHERE
+
+
+def _slices(n: int, size: int) -> list[slice]:
+    return [slice(i, min(n, i + size)) for i in range(0, n, size)]
+
+
+def _places(targets: Tensor, words: slice) -> tuple[Tensor, Tensor]:
+    """Which targets are among these words [N], and their places there [N, 1] (of others any)."""
+    place = targets - words.start
+    size = words.stop - words.start
+    return (place >= 0) & (place < size), place.clamp(0, size - 1)[:, None]
+
+
+def _logits(h: Tensor, w: Tensor, bias: Tensor | None, words: slice) -> Tensor:
+    """Unscaled logits of some words in float32, whatever the products were in."""
     with torch.autocast(h.device.type, enabled=False):
-        return nn.functional.linear(h, w, None if bias is None else bias.to(w.dtype)).float()
+        return nn.functional.linear(h, w[words], None if bias is None else bias[words].to(w.dtype)).float()
