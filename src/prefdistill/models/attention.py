@@ -26,7 +26,7 @@ from prefdistill.data.tree import Place
 from prefdistill.models import flash
 from prefdistill.models.past import Past
 from prefdistill.native import attention as native
-from prefdistill.native.library import library
+from prefdistill.native.library import library_for
 
 NAME = "prefdistill"  # of the attention function in transformers' registry
 QUERIES = 128  # a block's
@@ -218,7 +218,7 @@ def _over(row: Row, q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: floa
         if dropout == 0 and flash.takes(q, k, v):
             return flash.attend(q, k, v, row.sequences, row.window, scale)
         return flash.dense(q, k, v, row.places, row.masks, scale, dropout)
-    if dropout == 0 and native.takes(q, k, v) and (compiled := library()) is not None:
+    if dropout == 0 and native.takes(q, k, v) and (compiled := library_for(q.dtype)) is not None:
         return native.attend(compiled, q, k, v, row.blocks, scale)
     q = (q * scale).unflatten(1, (k.shape[1], -1))
     out = _with_dropout(q, k, v, row.blocks, dropout) if dropout > 0 else _Attention.apply(q, k, v, row.blocks)

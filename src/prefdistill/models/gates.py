@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from prefdistill.models.backbone import device_of
 from prefdistill.native.elementwise import Gate
-from prefdistill.native.library import library
+from prefdistill.native.library import library_for
 
 TOLERANCE = 1e-5
 PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -22,7 +22,7 @@ PARTS = ("gate_proj", "up_proj", "down_proj")
 def fuse_gates(backbone: nn.Module) -> int:
     """Replaces the forward of a model's gated MLPs on a CPU; returns how many.
 
-    It is the module's own under every other precision than bfloat16, and to torch.compile.
+    It is the module's own in a precision that nothing is compiled for, and to torch.compile.
     """
     found = 0
     if device_of(backbone).type != "cpu":
@@ -50,8 +50,8 @@ def _is_formula(mlp: Any) -> bool:
 
 def _forward(self: Any, x: Tensor) -> Any:
     gate, up = self.gate_proj(x), self.up_proj(x)
-    if not torch.compiler.is_compiling() and all(x.dtype == torch.bfloat16 and x.is_cpu for x in (gate, up)):
-        compiled = library()
+    if not torch.compiler.is_compiling() and gate.dtype == up.dtype and gate.is_cpu and up.is_cpu:
+        compiled = library_for(gate.dtype)
         if compiled is not None:
             return self.down_proj(Gate.apply(gate, up, compiled))
     return self.down_proj(nn.functional.silu(gate) * up)

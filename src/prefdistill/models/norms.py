@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from prefdistill.native.elementwise import Norm
-from prefdistill.native.library import library
+from prefdistill.native.library import library_for
 
 TOLERANCE = 1e-5
 
@@ -50,18 +50,17 @@ def _forward(self: Any, hidden_states: Tensor) -> Tensor:
     out = hidden_states.dtype
     if torch.is_autocast_enabled(kind) and out == torch.float32:
         out = torch.get_autocast_dtype(kind)
-    if not torch.compiler.is_compiling() and _fits(hidden_states, self.weight, out):
-        compiled = library()
+    if not torch.compiler.is_compiling() and _fits(hidden_states, self.weight):
+        compiled = library_for(out)
         if compiled is not None:
-            return Norm.apply(hidden_states, self.weight, self.variance_epsilon, compiled)  # type: ignore[no-any-return]
+            return Norm.apply(hidden_states, self.weight, self.variance_epsilon, compiled, out)  # type: ignore[no-any-return]
     with torch.autocast(kind, enabled=False):
         found: Tensor = _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon, out)
     return found
 
 
-def _fits(x: Tensor, weight: Tensor, out: torch.dtype) -> bool:
-    kinds = x.dtype == weight.dtype == torch.float32 and out == torch.bfloat16
-    return kinds and x.device.type == weight.device.type == "cpu"
+def _fits(x: Tensor, weight: Tensor) -> bool:
+    return x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu"
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -1,1 +1,1 @@
-"""C++ for CPUs with bfloat16 products, compiled on the machine that runs it."""
+"""C++ for x86-64 CPUs, compiled on the machine that runs it."""

@@ -1,43 +1,20 @@
 // Attention over packed trees for CPUs with bfloat16 products (AMX, or AVX-512 BF16), forward and backward.
 //
-// The same blocks as attention.py: queries [start, stop) see keys [first, middle) and [own, stop), but for what a bias of
-// 0 and -inf over the last `width` keys hides. Scores live in a cache, a few rows or keys at a time, and never in memory;
-// the forward pass keeps the logarithm of each row's sum, from which the backward pass makes the probabilities again.
-//
-// A result hangs on the number of threads and on nothing else.
+// Scores live in a cache, a few rows or keys at a time, and never in memory; the forward pass keeps the logarithm of each
+// row's sum, from which the backward pass makes the probabilities again.
 
-#include <algorithm>
 #include <cmath>
-#include <cstring>
-#include <vector>
 
 #include "products.h"
 
-struct Block {
-    int64_t start, stop, first, middle, own, width;
-    const half* hidden;  // [stop - start, width]
-};
-
-struct Heads {  // a tensor [tokens, heads, d], its last dimension in one piece
-    half* at;
-    int64_t token, head;  // strides
-};
-
-struct Work {
-    const Block* blocks;
-    int64_t n, tokens, groups, share, d;  // share: query heads of a key head
-    float scale;
-    int32_t threads, tiles;  // tiles: whether to use AMX
-    Heads q, k, v, out, grad, dq, dk, dv;
-    float* lse;  // [tokens, query heads], in base 2
-};
-
-// 0: this machine lacks the instructions; 1: AVX-512 BF16; 2: AMX too.
+// 0: this machine lacks the instructions; 1: AVX2, float32; 2: AVX-512 BF16, bfloat16 too; 3: by AMX.
 extern "C" int prefdistill_instructions() {
 #ifdef TILES
-    if (syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0) return 2;
+    if (syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0) return 3;
 #endif
-#ifdef FAST
+#if defined(FAST)
+    return 2;
+#elif defined(SERVED)
     return 1;
 #else
     return 0;
@@ -49,41 +26,6 @@ namespace {
 
 constexpr int64_t ROWS = 32;   // queries at a time
 constexpr int64_t KEYS = 128;  // at a time in the backward pass
-
-// -- blocks -----------------------------------------------------------------------------------------------------------
-
-struct Shape {
-    int64_t queries, keys, before, seen, padded;  // seen: keys that no bias hides; padded: keys, to multiples of 32
-    explicit Shape(const Block& b)
-        : queries(b.stop - b.start),
-          keys(b.middle - b.first + b.stop - b.own),
-          before(b.middle - b.first),
-          seen(keys - b.width),
-          padded(up(keys, 32)) {}
-};
-
-int64_t token_of(const Block& b, const Shape& s, int64_t key) {
-    return key < s.before ? b.first + key : b.own + key - s.before;
-}
-
-// Row `key` of the block's keys from `from` on, or null beyond the last.
-auto keys_of(const Heads& x, const Block& b, const Shape& s, int64_t group, int64_t from = 0) {
-    return [&, group, from](int64_t key) -> const half* {
-        key += from;
-        return key < s.keys ? x.at + token_of(b, s, key) * x.token + group * x.head : nullptr;
-    };
-}
-
-// The keys that queries [row, row + ROWS) see are all below this, a multiple of 32.
-int64_t limit_of(const Block& b, const Shape& s, int64_t row) {
-    int64_t last = 0;
-    for (int64_t r = row; r < row + ROWS && r < s.queries; r++) {
-        int64_t w = b.width;
-        while (w > last && b.hidden[r * b.width + w - 1]) --w;
-        last = w;
-    }
-    return up(s.seen + last, 32);
-}
 
 // x + bias of keys [key, key + 16) for query `row`; -inf beyond the last key.
 __m512 biased(__m512 x, const Block& b, const Shape& s, int64_t row, int64_t key) {
@@ -97,13 +39,6 @@ __m512 biased(__m512 x, const Block& b, const Shape& s, int64_t row, int64_t key
         x = _mm512_add_ps(x, wide(bias));
     }
     return _mm512_mask_mov_ps(never, real, x);
-}
-
-template <class Of>
-int64_t most(const Work& w, Of of) {
-    int64_t found = 0;
-    for (int64_t i = 0; i < w.n; i++) found = std::max<int64_t>(found, of(Shape(w.blocks[i])));
-    return found;
 }
 
 struct ForwardRoom {
@@ -120,14 +55,14 @@ struct ForwardRoom {
           sums(ROWS * d) {}
 };
 
-void forward_block(const Work& w, const Block& b, int64_t group, ForwardRoom& room) {
+void forward_block(const Work<half>& w, const Block& b, int64_t group, ForwardRoom& room) {
     const Shape s(b);
     const int64_t d = w.d, ldp = s.padded + 32;
     pack_columns(s.padded, d, keys_of(w.k, b, s, group), room.columns);
     pack_rows(s.padded, d, keys_of(w.v, b, s, group), room.rows);
     const float c = w.scale * LOG2E;
     for (int64_t m = 0; m < s.queries; m += ROWS) {
-        const int64_t limit = limit_of(b, s, m), count = s.queries - m < ROWS ? s.queries - m : ROWS;
+        const int64_t limit = limit_of(b, s, m, ROWS), count = s.queries - m < ROWS ? s.queries - m : ROWS;
         for (int64_t g = 0; g < w.share; g++) {
             const int64_t head = group * w.share + g;
             for (int64_t r = 0; r < ROWS; r++) {
@@ -159,7 +94,7 @@ void forward_block(const Work& w, const Block& b, int64_t group, ForwardRoom& ro
                     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + j), narrow(e));
                 }
                 sums[r] = _mm512_reduce_add_ps(sum);
-                w.lse[(b.start + m + r) * w.groups * w.share + head] = most + std::log2(sums[r]);
+                w.kept[2 * ((b.start + m + r) * w.groups * w.share + head)] = most + std::log2(sums[r]);
             }
             for (int64_t r = count; r < ROWS; r++) std::memset(room.p + r * ldp, 0, limit * sizeof(half));
             product(w.tiles, ROWS, d, limit, room.p, ldp, room.rows, s.padded * 16, room.sums, d, false);
@@ -198,7 +133,7 @@ struct BackwardRoom {
 };
 
 // Adds the transpose of x [d, n] to the keys' places in `sums` [tokens, groups, d].
-void add_across(const Work& w, const Block& b, const Shape& s, int64_t group, int64_t key, int64_t n, const float* x,
+void add_across(const Work<half>& w, const Block& b, const Shape& s, int64_t group, int64_t key, int64_t n, const float* x,
                 int64_t ld, float* sums) {
     for (int64_t p = 0; p < n; p += 16)
         for (int64_t c = 0; c < w.d; c += 16) {
@@ -212,14 +147,14 @@ void add_across(const Work& w, const Block& b, const Shape& s, int64_t group, in
         }
 }
 
-void backward_block(const Work& w, const Block& b, int64_t group, BackwardRoom& room, float* dk, float* dv) {
+void backward_block(const Work<half>& w, const Block& b, int64_t group, BackwardRoom& room, float* dk, float* dv) {
     const Shape s(b);
     const int64_t d = w.d, m = up(s.queries, ROWS), lds = KEYS + 16, ldd = KEYS + 32, part = m * d;
     const float c = w.scale * LOG2E;
     const __m512 factor = _mm512_set1_ps(c), scale = _mm512_set1_ps(w.scale);
     for (int64_t g = 0; g < w.share; g++) {
         const int64_t head = group * w.share + g;
-        auto queries_of = [&](const Heads& x) {
+        auto queries_of = [&](const Heads<half>& x) {
             return [&, x](int64_t r) -> const half* {
                 return r < s.queries ? x.at + (b.start + r) * x.token + head * x.head : nullptr;
             };
@@ -235,7 +170,7 @@ void backward_block(const Work& w, const Block& b, int64_t group, BackwardRoom& 
                 __m512 sum = _mm512_setzero_ps();
                 for (int64_t j = 0; j < d; j += 16) sum = _mm512_fmadd_ps(wide(grad(r) + j), wide(out(r) + j), sum);
                 room.delta[g * m + r] = _mm512_reduce_add_ps(sum);
-                room.lse[g * m + r] = w.lse[(b.start + r) * w.groups * w.share + head];
+                room.lse[g * m + r] = w.kept[2 * ((b.start + r) * w.groups * w.share + head)];
             } else {
                 std::memset(to_q, 0, d * sizeof(half));
                 std::memset(to_grad, 0, d * sizeof(half));
@@ -246,7 +181,7 @@ void backward_block(const Work& w, const Block& b, int64_t group, BackwardRoom& 
     }
     std::memset(room.dq, 0, w.share * part * sizeof(float));
     std::vector<int64_t> limits;
-    for (int64_t r = 0; r < m; r += ROWS) limits.push_back(limit_of(b, s, r));
+    for (int64_t r = 0; r < m; r += ROWS) limits.push_back(limit_of(b, s, r, ROWS));
     for (int64_t from = 0; from < s.padded; from += KEYS) {
         const int64_t n = s.padded - from < KEYS ? s.padded - from : KEYS;
         int64_t first = 0;  // query that sees one of these keys
@@ -295,76 +230,27 @@ void backward_block(const Work& w, const Block& b, int64_t group, BackwardRoom& 
         }
 }
 
-// The blocks of a tree, shared out to lanes that add up keys' gradients on their own.
-std::vector<std::vector<std::vector<int64_t>>> lanes_of(const Work& w, int64_t lanes) {
-    std::vector<std::vector<std::vector<int64_t>>> trees;
-    std::vector<int64_t> load;
-    for (int64_t i = 0; i < w.n; i++) {
-        if (i == 0 || w.blocks[i].first != w.blocks[i - 1].first) {
-            trees.emplace_back(lanes);
-            load.assign(lanes, 0);
-        }
-        int64_t least = 0;
-        for (int64_t l = 1; l < lanes; l++)
-            if (load[l] < load[least]) least = l;
-        trees.back()[least].push_back(i);
-        load[least] += Shape(w.blocks[i]).queries * Shape(w.blocks[i]).padded;
-    }
-    return trees;
-}
+struct Forward {
+    const Work<half>& w;
+    Thread thread;
+    ForwardRoom room;
+    explicit Forward(const Work<half>& w)
+        : w(w), thread(w.tiles), room(most(w, [](const Shape& s) { return s.padded; }), w.d) {}
+    void operator()(const Block& b, int64_t group) { forward_block(w, b, group, room); }
+};
+
+struct Backward {
+    const Work<half>& w;
+    Thread thread;
+    BackwardRoom room;
+    explicit Backward(const Work<half>& w)
+        : w(w), thread(w.tiles), room(most(w, [](const Shape& s) { return up(s.queries, ROWS); }), w.d, w.share) {}
+    void operator()(const Block& b, int64_t group, float* dk, float* dv) { backward_block(w, b, group, room, dk, dv); }
+    static void put(half* to, const float* x) { write(to, load(x), 16); }
+};
 
 }  // namespace
 
-extern "C" void prefdistill_forward(const Work* work) {
-    const Work& w = *work;
-    const int64_t keys = most(w, [](const Shape& s) { return s.padded; });
-#pragma omp parallel num_threads(w.threads)
-    {
-        Thread thread(w.tiles);
-        ForwardRoom room(keys, w.d);
-#pragma omp for schedule(dynamic) collapse(2)
-        for (int64_t i = 0; i < w.n; i++)
-            for (int64_t group = 0; group < w.groups; group++) forward_block(w, w.blocks[i], group, room);
-    }
-}
-
-extern "C" void prefdistill_backward(const Work* work) {
-    const Work& w = *work;
-    const int64_t queries = most(w, [](const Shape& s) { return up(s.queries, ROWS); }), size = w.tokens * w.groups * w.d;
-    int64_t trees = 0;
-    for (int64_t i = 0; i < w.n; i++) trees += i == 0 || w.blocks[i].first != w.blocks[i - 1].first;
-    int64_t lanes = (4 * w.threads + trees * w.groups - 1) / (trees * w.groups);
-    if (w.threads == 1) lanes = 1;
-    const auto shared = lanes_of(w, lanes);
-    Room<float> dk(lanes * size), dv(lanes * size);
-#pragma omp parallel num_threads(w.threads)
-    {
-        Thread thread(w.tiles);
-        BackwardRoom room(queries, w.d, w.share);
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < lanes * w.tokens; t++) {
-            std::memset(dk + t * w.groups * w.d, 0, w.groups * w.d * sizeof(float));
-            std::memset(dv + t * w.groups * w.d, 0, w.groups * w.d * sizeof(float));
-        }
-#pragma omp for schedule(dynamic) collapse(3)
-        for (int64_t tree = 0; tree < trees; tree++)
-            for (int64_t lane = 0; lane < lanes; lane++)
-                for (int64_t group = 0; group < w.groups; group++)
-                    for (int64_t i : shared[tree][lane])
-                        backward_block(w, w.blocks[i], group, room, dk + lane * size, dv + lane * size);
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < w.tokens; t++)
-            for (int64_t group = 0; group < w.groups; group++)
-                for (int64_t j = 0; j < w.d; j += 16) {
-                    const int64_t at = (t * w.groups + group) * w.d + j;
-                    __m512 x = _mm512_loadu_ps(dk + at), y = _mm512_loadu_ps(dv + at);
-                    for (int64_t lane = 1; lane < lanes; lane++) {
-                        x = _mm512_add_ps(x, _mm512_loadu_ps(dk + lane * size + at));
-                        y = _mm512_add_ps(y, _mm512_loadu_ps(dv + lane * size + at));
-                    }
-                    _mm256_storeu_si256(reinterpret_cast<__m256i*>(w.dk.at + t * w.dk.token + group * w.dk.head + j), narrow(x));
-                    _mm256_storeu_si256(reinterpret_cast<__m256i*>(w.dv.at + t * w.dv.token + group * w.dv.head + j), narrow(y));
-                }
-    }
-}
+extern "C" void prefdistill_forward_half(const Work<half>* work) { forward<Forward>(*work); }
+extern "C" void prefdistill_backward_half(const Work<half>* work) { backward<Backward>(*work); }
 #endif

@@ -1,6 +1,6 @@
-"""Attention over packed rows by the compiled library: what models/attention.py does, in a quarter of its time.
+"""Attention over packed rows by the compiled library: what models/attention.py does, in a part of its time.
 
-It serves bfloat16 and head sizes in multiples of 32; for all else PyTorch's products do the work.
+It serves head sizes in multiples of 32; for all else PyTorch's products do the work.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ WIDTH = 32  # head sizes come in multiples of it
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether compiled attention could serve these queries, keys and values, [tokens, heads, d] each."""
+    """Whether compiled attention could serve these queries, keys and values, [tokens, heads, d] each of one type."""
     fits = k.shape == v.shape and q.shape[2] == k.shape[2] and q.shape[2] % WIDTH == 0
-    return fits and all(x.dtype == torch.bfloat16 and x.device.type == "cpu" for x in (q, k, v))
+    return fits and all(x.dtype == q.dtype and x.device.type == "cpu" for x in (q, k, v))
 
 
 class _Block(ctypes.Structure):
@@ -49,7 +49,7 @@ class _Work(ctypes.Structure):
         ("threads", ctypes.c_int32),
         ("tiles", ctypes.c_int32),
         *((name, _Heads) for name in ("q", "k", "v", "out", "grad", "dq", "dk", "dv")),
-        ("lse", ctypes.c_void_p),
+        ("kept", ctypes.c_void_p),
     )
 
 
@@ -68,7 +68,7 @@ def attend(library: Library, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[B
     return out
 
 
-def _work(library: Library, blocks: Sequence[Block], scale: float, lse: Tensor, **heads: Tensor) -> _Work:
+def _work(library: Library, blocks: Sequence[Block], scale: float, kept: Tensor, **heads: Tensor) -> _Work:
     q, k = heads["q"], heads["k"]
     work = _Work(
         n=len(blocks),
@@ -79,7 +79,7 @@ def _work(library: Library, blocks: Sequence[Block], scale: float, lse: Tensor, 
         scale=scale,
         threads=torch.get_num_threads(),
         tiles=library.tiles,
-        lse=lse.data_ptr(),
+        kept=kept.data_ptr(),
         **{name: _Heads.of(x) for name, x in heads.items()},
     )
     work.blocks = (_Block * len(blocks))(
@@ -93,24 +93,24 @@ def _rows(x: Tensor) -> Tensor:
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps q, k, v, what came out and a number a row for the backward pass."""
+    """Keeps q, k, v, what came out and two numbers a row for the backward pass."""
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, library: Library, blocks: Sequence[Block], scale: float
     ) -> Any:
         out = q.new_empty(q.shape)
-        lse = q.new_empty(q.shape[:2], dtype=torch.float32)
-        library.handle.prefdistill_forward(ctypes.byref(_work(library, blocks, scale, lse, q=q, k=k, v=v, out=out)))
-        ctx.save_for_backward(q, k, v, out, lse)
+        kept = q.new_empty((*q.shape[:2], 2), dtype=torch.float32)
+        library.function("forward", q.dtype)(ctypes.byref(_work(library, blocks, scale, kept, q=q, k=k, v=v, out=out)))
+        ctx.save_for_backward(q, k, v, out, kept)
         ctx.given = library, blocks, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, out, kept = ctx.saved_tensors
         library, blocks, scale = ctx.given
         dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
         heads = {"q": q, "k": k, "v": v, "out": out, "grad": _rows(grad), "dq": dq, "dk": dk, "dv": dv}
-        library.handle.prefdistill_backward(ctypes.byref(_work(library, blocks, scale, lse, **heads)))
+        library.function("backward", q.dtype)(ctypes.byref(_work(library, blocks, scale, kept, **heads)))
         return dq, dk, dv, None, None, None

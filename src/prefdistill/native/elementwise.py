@@ -24,13 +24,13 @@ def _threads() -> ctypes.c_int32:
 
 
 class Gate(torch.autograd.Function):
-    """silu(gate) * up of two bfloat16 tensors of one shape; rounded once, where PyTorch rounds twice."""
+    """silu(gate) * up of two tensors of one shape and type; rounded once, where PyTorch rounds twice."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, library: Library) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
         out = torch.empty_like(gate)
-        library.handle.prefdistill_gate(_at(gate), _at(up), _at(out), _size(gate.numel()), _threads())
+        library.function("gate", gate.dtype)(_at(gate), _at(up), _at(out), _size(gate.numel()), _threads())
         ctx.save_for_backward(gate, up)
         ctx.library = library
         return out
@@ -39,20 +39,20 @@ class Gate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         grad, d_gate, d_up = grad.contiguous(), torch.empty_like(gate), torch.empty_like(up)
-        ctx.library.handle.prefdistill_gate_backward(
+        ctx.library.function("gate_backward", gate.dtype)(
             *map(_at, (gate, up, grad, d_gate, d_up)), _size(gate.numel()), _threads()
         )
         return d_gate, d_up, None
 
 
 class Norm(torch.autograd.Function):
-    """weight * x / sqrt(mean(x^2) + eps) along the last dimension: bfloat16 from float32 states."""
+    """weight * x / sqrt(mean(x^2) + eps) along the last dimension: `dtype` from float32 states."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, library: Library) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, library: Library, dtype: torch.dtype) -> Tensor:
         x, weight = x.contiguous(), weight.contiguous()
-        out, scale = torch.empty_like(x, dtype=torch.bfloat16), x.new_empty(x.shape[:-1])
-        library.handle.prefdistill_norm(
+        out, scale = torch.empty_like(x, dtype=dtype), x.new_empty(x.shape[:-1])
+        library.function("norm", dtype)(
             *map(_at, (x, weight, out, scale)),
             _size(scale.numel()),
             _size(x.shape[-1]),
@@ -69,7 +69,7 @@ class Norm(torch.autograd.Function):
         grad, d_x, d = grad.contiguous(), torch.empty_like(x), x.shape[-1]
         d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         parts = x.new_empty(torch.get_num_threads(), d)
-        ctx.library.handle.prefdistill_norm_backward(
+        ctx.library.function("norm_backward", grad.dtype)(
             *map(_at, (x, weight, scale, grad, d_x)),
             None if d_weight is None else _at(d_weight),
             _at(parts),
@@ -77,4 +77,4 @@ class Norm(torch.autograd.Function):
             _size(d),
             _threads(),
         )
-        return d_x, d_weight, None, None
+        return d_x, d_weight, None, None, None

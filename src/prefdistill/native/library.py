@@ -1,4 +1,4 @@
-"""What is compiled for this machine's CPU: the C++ beside this file, for bfloat16 with AMX or AVX-512 BF16.
+"""The C++ beside this file, compiled for this CPU: float32 with AVX2, bfloat16 with AMX or AVX-512 BF16.
 
 The machine's own compiler makes one library of it in some seconds, kept in the user's cache. Where there is no compiler
 or the CPU lacks the instructions, PyTorch's operations do the work.
@@ -15,16 +15,20 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+import torch
 
 logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++17", "-w")
 NOTHING = "nothing is compiled for this CPU, PyTorch's operations do the work"
+NAMES = {torch.float32: "float", torch.bfloat16: "half"}
 PATIENCE = 120  # seconds for the compiler, which needs a few
 
 
@@ -33,11 +37,17 @@ class Library:
     """The compiled code.
 
     Attributes:
+        names: what its functions for a type are called after.
         tiles: whether it may use AMX.
     """
 
     handle: Any
+    names: Mapping[torch.dtype, str]
     tiles: bool
+
+    def function(self, name: str, dtype: torch.dtype) -> Any:
+        """A function of the library for numbers of a type that it serves."""
+        return getattr(self.handle, f"prefdistill_{name}_{self.names[dtype]}")
 
 
 def compiler() -> str | None:
@@ -79,10 +89,17 @@ def library() -> Library | None:
         return None
     level = int(handle.prefdistill_instructions())
     if level == 0:
-        logger.info("%s: this CPU has no products of bfloat16", NOTHING)
+        logger.info("%s: this CPU has no AVX2", NOTHING)
         return None
     most = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
-    return Library(handle, tiles=level == 2 and (most in ("DEFAULT", "ALL") or "AMX" in most))
+    tiles = level == 3 and (most in ("DEFAULT", "ALL") or "AMX" in most)
+    return Library(handle, NAMES if level > 1 else {torch.float32: NAMES[torch.float32]}, tiles)
+
+
+def library_for(dtype: torch.dtype) -> Library | None:
+    """`library`, where it serves numbers of this type: float32, and bfloat16 on CPUs with products of it."""
+    found = library() if dtype in NAMES else None
+    return found if found is not None and dtype in found.names else None
 
 
 def _file(cxx: str) -> Path:

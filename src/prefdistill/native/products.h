@@ -4,11 +4,9 @@
 // panel[k / 2][16][2].
 #pragma once
 
-#include <cstdlib>
 #include <cstring>
-#include <new>
 
-#include "vectors.h"
+#include "blocks.h"
 
 #if defined(FAST) && defined(__AMX_BF16__) && defined(__linux__)
 #define TILES 1
@@ -18,20 +16,6 @@
 
 #ifdef FAST
 namespace {
-
-int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-template <class T>
-struct Room {  // uninitialised, aligned to cache lines
-    T* at;
-    explicit Room(int64_t n) : at(static_cast<T*>(std::aligned_alloc(64, up((n > 0 ? n : 1) * sizeof(T), 64)))) {
-        if (!at) throw std::bad_alloc();
-    }
-    ~Room() { std::free(at); }
-    Room(const Room&) = delete;
-    Room& operator=(const Room&) = delete;
-    operator T*() const { return at; }
-};
 
 // -- pieces of 16 x 16 -----------------------------------------------------------------------------------------------
 
@@ -193,18 +177,16 @@ void product(bool tiles, int64_t m, int64_t n, int64_t k, const half* a, int64_t
     product_vectors(m, n, k, a, lda, b, panel, c, ldc, add);
 }
 
-struct Thread {  // a thread's tile registers and its rounding of the smallest numbers to 0, given back at the end
+struct Thread {  // a thread's tile registers, given back at the end
+    Flush flush;
     bool on;
-    unsigned control = _mm_getcsr();
     explicit Thread(bool tiles) : on(tiles) {
-        _mm_setcsr(control | FLUSH);
 #ifdef TILES
         static const TileConfig config;
         if (on) _tile_loadconfig(&config);
 #endif
     }
     ~Thread() {
-        _mm_setcsr(control);
 #ifdef TILES
         if (on) _tile_release();
 #endif
