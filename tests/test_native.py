@@ -169,6 +169,16 @@ def test_the_model_attends_by_it(monkeypatch, dtype):
         torch.testing.assert_close(ours.double(), truth, atol=most, rtol=most)
 
 
+@needs_kernel
+def test_a_type_that_this_cpu_lacks_is_said_once(monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(library, "library", lambda: dataclasses.replace(LIBRARY, names={torch.float32: "float"}))
+    library._say_lacking.cache_clear()
+    assert library.library_for(torch.float32) is not None
+    assert [library.library_for(torch.bfloat16) for _ in range(2)] == [None, None]
+    assert caplog.text.count("in bfloat16: it has no products of that") == 1
+
+
 def test_other_types_are_pytorchs():
     assert library.library_for(torch.float64) is None
     assert library.library_for(torch.float16) is None

@@ -38,8 +38,7 @@ class RunConfig:
         seed: of everything that is drawn.
         precision: auto (measured), float32 or bfloat16.
         compile: torch.compile the layers in training. The first step takes half a minute longer, the others less
-            memory. On CPUs with AMX or AVX-512 BF16, where the same is compiled without it, it won no time; elsewhere
-            try it.
+            memory. On CPUs for which the same is compiled without it (docs/speed.md) it won no time; elsewhere try it.
         gradient_checkpointing: auto (where the largest training step would not fit into free memory), always or never;
             the gradients are equal, the step takes a third longer.
         report_to: trackers that trainings report to, by transformers' names: tensorboard, wandb, mlflow, ...;

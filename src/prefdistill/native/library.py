@@ -99,7 +99,15 @@ def library() -> Library | None:
 def library_for(dtype: torch.dtype) -> Library | None:
     """`library`, where it serves numbers of this type: float32, and bfloat16 on CPUs with products of it."""
     found = library() if dtype in NAMES else None
-    return found if found is not None and dtype in found.names else None
+    if found is None or dtype in found.names:
+        return found
+    _say_lacking(dtype)
+    return None
+
+
+@lru_cache
+def _say_lacking(dtype: torch.dtype) -> None:
+    logger.info("%s in %s: it has no products of that", NOTHING, str(dtype).removeprefix("torch."))
 
 
 def _file(cxx: str) -> Path:
