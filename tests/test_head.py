@@ -38,8 +38,9 @@ def truth(head, hidden, targets, scaling):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("scaling", SCALINGS, ids=str)
 @pytest.mark.parametrize("piece", [(2**9, 2**12), (5, V), (N, 8), (7, 9), (1, 1)])
-def test_values_and_gradients(kind, bias, scaling, piece, monkeypatch):
-    monkeypatch.setattr(module, "LOGITS_AT_ONCE", piece[0] * piece[1])
+@pytest.mark.parametrize("kept", [False, True])
+def test_values_and_gradients(kind, bias, scaling, piece, kept, monkeypatch):
+    monkeypatch.setattr(module, "LOGITS_AT_ONCE", N * V if kept else min(N * V - 1, piece[0] * piece[1]))
     monkeypatch.setattr(module, "ON_CPU", piece)
     head, hidden, targets, weights = draw(bias, kind)
     ours = head_logps(head, scaling, hidden, targets)
@@ -89,3 +90,10 @@ def test_a_head_with_a_hook_is_called():
     ours = head_logps(head, Scaling(), hidden, targets)
     assert seen == [(N, V)]
     torch.testing.assert_close(ours.double(), truth(head, hidden, targets, Scaling()), atol=1e-5, rtol=1e-5)
+
+
+def test_a_second_backward_pass_gives_the_same():
+    head, hidden, targets, weights = draw(True)
+    loss = (head_logps(head, Scaling(cap=2.0), hidden, targets) * weights).sum()
+    first, again = (torch.autograd.grad(loss, [hidden, *head.parameters()], retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))

@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 # <malloc.h>; the values are part of glibc's interface.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGE = 2**30
+NEVER = -1  # the largest threshold that can be named, 2 GB, is less than what a step frees
 SET_BY_USER = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES", "LD_PRELOAD")
 
 
@@ -32,6 +33,6 @@ def keep_freed_memory() -> bool:
         set_option = libc.mallopt
     except (OSError, AttributeError):
         return False  # macOS, Windows, musl: their allocators are their own
-    done = bool(set_option(M_MMAP_THRESHOLD, LARGE)) and bool(set_option(M_TRIM_THRESHOLD, 2**31 - 1))
+    done = bool(set_option(M_MMAP_THRESHOLD, LARGE)) and bool(set_option(M_TRIM_THRESHOLD, NEVER))
     logger.debug("freed memory is kept: %s", done)
     return done

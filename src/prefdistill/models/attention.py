@@ -123,13 +123,15 @@ def _blocks(start: int, lengths: Sequence[int], before: int, root: int, window: 
 class Row:
     """Who sees whom in a packed row, in the form that each kernel reads; made once, for the first layer that asks.
 
-    With a past, the row is prompts whose keys and values are kept there, or tokens that go on from them.
+    With a past, the row is prompts whose keys and values are kept there, or tokens that go on from them. `read` are the
+    positions whose final states are read, where these are not all.
     """
 
     places: Sequence[Place]
     window: int | None
     device: torch.device
     past: Past | None = None
+    read: Tensor | None = None
 
     @cached_property
     def blocks(self) -> list[Block]:
@@ -145,11 +147,16 @@ class Row:
 
 
 def carrier_mask(
-    places: Sequence[Place], *, window: int | None, device: torch.device, past: Past | None = None
+    places: Sequence[Place],
+    *,
+    window: int | None,
+    device: torch.device,
+    past: Past | None = None,
+    read: Tensor | None = None,
 ) -> Tensor:
     """A mask to give to a model whose attention is this module's: [1, 1, 1, 1], with the row as an attribute."""
     mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
-    mask.row = Row(places, window, device, past)  # type: ignore[attr-defined]
+    mask.row = Row(places, window, device, past, read)  # type: ignore[attr-defined]
     return mask
 
 

@@ -71,9 +71,15 @@ class TreeModel:
         """The batch that this model's path reads, on its device."""
         return _COLLATE[self.path](trees, pad_id=self.pad_id, pool_pad_id=pool_pad_id).to(device_of(self.model))
 
-    def hidden(self, batch: TreeBatch) -> Tensor:
-        """Final hidden states, [B * T, H]."""
-        out = self.backbone(**self._inputs(batch))
+    def hidden(self, batch: TreeBatch, *, read: Tensor | None = None) -> Tensor:
+        """Final hidden states, [B * T, H].
+
+        Args:
+            read: the positions that are read of them, `batch.source` and `batch.last` where it is not given. At others
+                they can be anything: the last layer's MLP need not run there.
+        """
+        read = torch.cat([batch.source, batch.last]) if read is None else read
+        out = self.backbone(**self._inputs(batch, read.unique()))
         states = getattr(out, "last_hidden_state", None)
         if states is None:
             raise ConfigError(
@@ -82,8 +88,8 @@ class TreeModel:
             )
         return states.flatten(0, 1)
 
-    def _inputs(self, batch: TreeBatch) -> dict[str, Any]:
-        mask: Any = (batch.segments >= 0).long() if batch.kind == "plain" else self._masks(batch)
+    def _inputs(self, batch: TreeBatch, read: Tensor | None = None) -> dict[str, Any]:
+        mask: Any = (batch.segments >= 0).long() if batch.kind == "plain" else self._masks(batch, read)
         return {
             "input_ids": batch.input_ids,
             "attention_mask": mask,
@@ -91,15 +97,15 @@ class TreeModel:
             "use_cache": False,
         }
 
-    def _masks(self, batch: TreeBatch) -> Any:
+    def _masks(self, batch: TreeBatch, read: Tensor | None) -> Any:
         if batch.kind == "packed":
-            return self.carriers(batch.places)
+            return self.carriers(batch.places, read=read)
         return self._by_layer(lambda w: self._as_bias(tree_mask(batch.segments, batch.position_ids, window=w)))
 
-    def carriers(self, places: Sequence[Place], past: Past | None = None) -> Any:
+    def carriers(self, places: Sequence[Place], past: Past | None = None, read: Tensor | None = None) -> Any:
         """The masks to give to the model with a packed row; with a past, prompts or what goes on from them."""
         device = device_of(self.model)
-        return self._by_layer(lambda w: carrier_mask(places, window=w, device=device, past=past))
+        return self._by_layer(lambda w: carrier_mask(places, window=w, device=device, past=past, read=read))
 
     def _by_layer(self, mask_of: Callable[[int | None], Tensor]) -> Any:
         """`mask_of` a window in the form that the model takes: one mask, or one for each type of layer."""
@@ -125,7 +131,7 @@ class TreeModel:
         """
         if self._own_logits:
             return self._model_token_logps(batch)
-        hidden = self.hidden(batch) if hidden is None else hidden
+        hidden = self.hidden(batch, read=batch.source) if hidden is None else hidden
         head = self.core.get_output_embeddings()
         return head_logps(head, Scaling.of(self.config), hidden[batch.source], batch.target)
 
@@ -144,7 +150,7 @@ class TreeModel:
 
     def features(self, batch: TreeBatch, hidden: Tensor | None = None) -> Tensor:
         """Hidden state that a reward head reads, [R, H] float32: the one at `batch.last`."""
-        hidden = self.hidden(batch) if hidden is None else hidden
+        hidden = self.hidden(batch, read=batch.last) if hidden is None else hidden
         return hidden[batch.last].float()
 
     def rewards(self, batch: TreeBatch) -> Tensor:
@@ -152,7 +158,7 @@ class TreeModel:
 
         The head itself runs in its weights' precision: bfloat16 would round a reward near 5 to steps of 0.03.
         """
-        pooled = self.hidden(batch)[batch.last]
+        pooled = self.hidden(batch, read=batch.last)[batch.last]
         dtype = next(self.core.score.parameters()).dtype
         with torch.autocast(pooled.device.type, enabled=False):
             return self.core.score(pooled.to(dtype))[:, 0].float()

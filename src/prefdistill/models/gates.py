@@ -1,5 +1,7 @@
 """Gated MLPs (down(silu(gate(x)) * up(x))) whose gate is one pass over memory, where it is compiled for the CPU.
 
+The last layer's runs at the positions of a packed row whose final states are read, and at no others.
+
 Which modules are such is measured: one whose outputs differ from the formula on random numbers is left as it is.
 """
 
@@ -27,12 +29,21 @@ def fuse_gates(backbone: nn.Module) -> int:
     found = 0
     if device_of(backbone).type != "cpu":
         return found
-    for layer in getattr(backbone, "layers", None) or []:
+    layers: Any = getattr(backbone, "layers", None) or []
+    for layer in layers:
         mlp = getattr(layer, "mlp", None)
         if mlp is not None and "forward" not in vars(mlp) and _is_formula(mlp):
             mlp.forward = types.MethodType(_forward, mlp)
             found += 1
+            if layer is layers[-1]:
+                layer.register_forward_pre_hook(_tell_read, with_kwargs=True)
     return found
+
+
+def _tell_read(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before the last layer runs, in a checkpoint's second forward too: which positions are read of its output."""
+    if not torch.compiler.is_compiling():
+        layer.mlp.read = getattr(getattr(kwargs.get("attention_mask"), "row", None), "read", None)
 
 
 def _is_formula(mlp: Any) -> bool:
@@ -49,6 +60,14 @@ def _is_formula(mlp: Any) -> bool:
 
 
 def _forward(self: Any, x: Tensor) -> Any:
+    read: Tensor | None = getattr(self, "read", None)
+    if torch.compiler.is_compiling() or read is None:
+        return _gated(self, x)
+    found = _gated(self, x[:, read])
+    return found.new_zeros((*x.shape[:-1], found.shape[-1])).index_copy(1, read, found)
+
+
+def _gated(self: Any, x: Tensor) -> Any:
     gate, up = self.gate_proj(x), self.up_proj(x)
     if not torch.compiler.is_compiling() and gate.dtype == up.dtype and gate.is_cpu and up.is_cpu:
         compiled = library_for(gate.dtype)

@@ -1,8 +1,9 @@
 """Log-probs of response tokens from hidden states, the logits never in memory as a whole.
 
-The head runs at response positions only; a backward pass computes logits again. A plain linear head goes over some
-positions and some of the vocabulary at a time, a piece that stays in a CPU's cache, and its gradient is written out
-here; any other head (an adapter on it, a quantised one) is asked for all logits of some positions at a time.
+The head runs at response positions only; a backward pass computes logits again, but for few in float32 on a CPU.
+A plain linear head goes over some positions and some of the vocabulary at a time, a piece that stays in a CPU's cache,
+and its gradient is written out here; any other head (an adapter on it, a quantised one) is asked for all logits of some
+positions at a time.
 """
 
 from __future__ import annotations
@@ -62,7 +63,10 @@ def head_logps(head: Any, scaling: Scaling, hidden: Tensor, targets: Tensor) -> 
         dtype = hidden.dtype
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)
-        found: Tensor = _LinearLogps.apply(hidden, head.weight, head.bias, targets, scaling, dtype)
+        # In float32 a CPU reads logits sooner than it computes them again.
+        few = len(targets) * len(head.weight) <= LOGITS_AT_ONCE
+        keep = torch.is_grad_enabled() and few and dtype == torch.float32 and hidden.device.type == "cpu"
+        found: Tensor = _LinearLogps.apply(hidden, head.weight, head.bias, targets, scaling, dtype, keep)
         return found
     parts = []
     vocabulary = int(getattr(head, "out_features", None) or head.weight.shape[0])
@@ -97,11 +101,19 @@ class _LinearLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scaling: Scaling, dtype: Any
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        scaling: Scaling,
+        dtype: torch.dtype,
+        keep: bool,
     ) -> Tensor:
         w, h = weight.to(dtype), hidden.to(dtype)
         picked = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         sums = picked.new_empty(len(targets))
+        kept: dict[tuple[int, int], Tensor] = {}
         rows_most, words_most = _piece(hidden)
         for rows in _pieces(len(targets), rows_most):
             parts = []
@@ -111,10 +123,12 @@ class _LinearLogps(torch.autograd.Function):
                 here, place = _places(targets[rows], words)
                 picked[rows] = torch.where(here, logits.gather(1, place)[:, 0], picked[rows])
                 parts.append(torch.logsumexp(logits, dim=1))
+                if keep:
+                    kept[rows.start, words.start] = logits
             sums[rows] = torch.logsumexp(torch.stack(parts), dim=0)
         ctx.save_for_backward(hidden, weight, bias, targets, sums)
         # Cast once a step: the backward pass reads the same copy.
-        ctx.cast, ctx.scaling = (h, w), scaling
+        ctx.cast, ctx.scaling, ctx.kept = (h, w), scaling, kept
         return picked - sums
 
     @staticmethod
@@ -130,11 +144,13 @@ class _LinearLogps(torch.autograd.Function):
         pieces = _pieces(len(targets), rows_most)
         for words in _slices(len(weight), words_most):
             for rows in pieces:
-                logits = scaling(_logits(h[rows], w, bias, words))
+                logits = ctx.kept.get((rows.start, words.start))
+                if logits is None:
+                    logits = scaling(_logits(h[rows], w, bias, words))
                 slope = None if scaling.cap is None else 1 - (logits / scaling.cap).square()
                 g = grad[rows, None]
                 # d log p_t / d logit_j = 1[j = t] - p_j
-                d = logits.sub_(sums[rows, None]).exp_().mul_(-g)
+                d = (logits - sums[rows, None]).exp_().mul_(-g)
                 here, place = _places(targets[rows], words)
                 d.scatter_add_(1, place, torch.where(here[:, None], g, 0.0))
                 if slope is not None:
@@ -152,6 +168,7 @@ class _LinearLogps(torch.autograd.Function):
             None if d_hidden is None else d_hidden.to(hidden.dtype),
             d_weight,
             None if d_bias is None else d_bias.to(bias.dtype),
+            None,
             None,
             None,
             None,

@@ -25,7 +25,8 @@ def activation_bytes(config: Any, tokens: int, *, bfloat16: bool) -> int:
     """About what a backward pass keeps of a forward over so many tokens.
 
     Counted over a decoder layer: the inputs of two norms in float32, what the matrices and attention read, and the four
-    inner states of a gated MLP. Layers of other designs come out too high or too low by some tenths.
+    inner states of a gated MLP (three where its gate is compiled). Layers of other designs come out too high or too low
+    by some tenths.
     """
     text = config.get_text_config()
     hidden, layers = int(text.hidden_size), int(text.num_hidden_layers)

@@ -8,7 +8,7 @@
 namespace {
 
 constexpr int64_t ROWS = 24;  // queries at a time
-constexpr int64_t KEYS = 96;  // at a time in the backward pass
+constexpr int64_t KEYS = 48;  // at a time in the backward pass
 
 // Adds query `row`'s bias to its scores x of keys [from, to); -inf beyond the last key.
 void hide(float* x, const Block& b, const Shape& s, int64_t row, int64_t from, int64_t to) {
