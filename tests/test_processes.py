@@ -161,7 +161,11 @@ def columns(folder, column, n):
 
 
 def test_columns_are_those_of_one_process(runs):
-    """Each row once, in order; the reference's to the bit, since batches are the same."""
+    """Each row once, in order; the reference's to the bit, since batches are the same.
+
+    Members are trained anew in two processes: AdamW's first steps, of the size of the learning rate however small the
+    gradient, carry other roundings of its sums on.
+    """
     folder, _ = runs
     scored = pq.read_table(folder / "1" / "data" / "sampled.parquet")["responses"].to_pylist()
     expected = sum(map(len, scored))
@@ -171,7 +175,7 @@ def test_columns_are_those_of_one_process(runs):
         assert np.std(list(one.values())) > 0.1
         assert len(one) == expected
         assert list(two.values()) == (
-            list(one.values()) if column == "reference-logps" else pytest.approx(list(one.values()), rel=1e-4, abs=1e-4)
+            list(one.values()) if column == "reference-logps" else pytest.approx(list(one.values()), rel=1e-3, abs=1e-3)
         )
 
 
