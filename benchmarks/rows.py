@@ -11,7 +11,7 @@ from benchmarks.shapes import SIZES, Prompt, prompts_of
 from benchmarks.steps import Step
 
 TRIAL_SHARE = 4  # a trial step is this part of the work: it only has to tell which is faster
-TRIAL_STEPS = 4
+TRIAL_STEPS = 3
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import __main__ as main  # noqa: E402
 from benchmarks import members, policy, reward, scoring  # noqa: E402
 from benchmarks.__main__ import earlier_of, remarks_of  # noqa: E402
-from benchmarks.rows import flops_once  # noqa: E402
+from benchmarks.rows import ROWS, Sizes, flops_once  # noqa: E402
 from benchmarks.shapes import policy_of, prompts_of  # noqa: E402
 from benchmarks.table import markdown  # noqa: E402
 
@@ -117,3 +118,20 @@ def test_rewards_of_members_are_transformers():
     assert first == pytest.approx(peer(), rel=1e-4)
     assert abs(first) > 0.01, "five rewards of zero would agree too"
     assert ours() == first
+
+
+def test_peers_that_less_work_hardly_tells_apart_are_tried_at_all_of_it(monkeypatch):
+    asked = []
+
+    def trial(row, side, precision, sizes, *, less):
+        asked.append((side, precision, less))
+        return {"plain": 40.0, "checkpointing": 50.0}[side]
+
+    monkeypatch.setattr(main, "_trial", trial)
+    row = next(r for r in ROWS if r.name == "policy step, unique prompts")
+    less = {"checkpointing": ("float32", 9.7), "plain": ("float32", 10.6), "slow": ("bfloat16", 30.0)}
+    assert main._by_speed(row, less, Sizes()) == ["plain", "checkpointing", "slow"]
+    assert asked == [("checkpointing", "float32", False), ("plain", "float32", False)]
+    asked.clear()
+    assert main._by_speed(row, {**less, "plain": ("float32", 20.0)}, Sizes()) == ["checkpointing", "plain", "slow"]
+    assert asked == []
