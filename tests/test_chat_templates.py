@@ -8,16 +8,15 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 
 import tiny_tokenizers as tiny
+from messages import assistant, system, user
 from prefdistill.data.tokenise import Encoder
 from prefdistill.errors import ConfigError, DataError
 from tokenizer_makes import (
-    assistant,
     decoded,
     encoder,
     every_chat,
     many,
     trimmed,
-    user,
 )
 
 # --- chat templates ---------------------------------------------------------------------------------------------------
@@ -178,13 +177,13 @@ def test_a_template_that_refuses_the_messages_is_a_data_error():
     """Data errors name their row; a jinja2 error would not."""
     e = encoder("llama2")
     with pytest.raises(DataError, match=r"refuses the messages \(roles: system, user\): Only user and assistant"):
-        e.prompt_ids([{"role": "system", "content": "s"}, *user("q")])
+        e.prompt_ids(system("s") + user("q"))
     strict = tiny.CHATML.replace(
         "{% for", "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no') }}{% endif %}{% for", 1
     )
     e = Encoder(tiny.chatml(strict))
     assert e.response_ids("q", "Hello")[-1] == e.tokenizer.eos_token_id
-    assert decoded(e.tokenizer, e.response_ids([{"role": "system", "content": "s"}, *user("q")], "a")) == "a<|im_end|>"
+    assert decoded(e.tokenizer, e.response_ids(system("s") + user("q"), "a")) == "a<|im_end|>"
 
 
 def test_messages_without_a_chat_template_and_mixed_forms_are_refused():

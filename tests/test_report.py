@@ -7,15 +7,12 @@ import copy
 import json
 import math
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
-import matplotlib
 import pytest
 
-from prefdistill.report import canvas, html, pictures
+from prefdistill.report import canvas, html
 from prefdistill.report.html import write_report
 
 METHODS = ("reference", "dpo", "d-dpo", "e-dpo", "my own")
@@ -216,10 +213,10 @@ def test_hostile_text_stays_text(attack):
     everything = re.sub(r"\s+", " ", reader.text)
     assert re.sub(r"\s+", " ", attack + "d-dpo") in everything
     for uri in reader.sources():
-        _svg(uri)
+        svg(uri)
 
 
-def _svg(uri):
+def svg(uri):
     root = ElementTree.fromstring(base64.b64decode(uri.partition(",")[2], validate=True))
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
     for element in root.iter():
@@ -235,7 +232,7 @@ def test_pictures_are_valid_and_all_there(full):
     uris = full[1].sources()
     assert len(uris) == 10
     for uri in uris:
-        assert len(list(_svg(uri).iter("{http://www.w3.org/2000/svg}path"))) > 5
+        assert len(list(svg(uri).iter("{http://www.w3.org/2000/svg}path"))) > 5
     assert len(full[0]) < 1_000_000
 
 
@@ -389,48 +386,3 @@ def test_json_round_trip_changes_nothing(full):
 )
 def test_formats(shown, expected):
     assert shown == expected
-
-
-class TestPictures:
-    def test_one_colour_a_method_whoever_is_beside_it(self):
-        one = canvas.Palette(["dpo", "zeta"])
-        other = canvas.Palette(["zeta", "e-dpo", "dpo", "reference"])
-        assert one.colour("dpo") == other.colour("dpo")
-        assert one.colour("zeta") == other.colour("zeta")
-        names = ["dpo", "ipo", "p-dpo", "d-dpo", "dp-dpo", "e-dpo", "hull-dpo", "reference", *"abcdef"]
-        many = canvas.Palette(names)
-        assert len({many.colour(name) for name in names}) == len(names)
-
-    def test_nothing_to_draw(self):
-        palette = canvas.Palette(())
-        nothing = (math.nan, None, None)
-        assert pictures.intervals([("a", nothing)], palette, xlabel="x", zero=0.0) is None
-        assert pictures.reward_and_kl([("a", (1.0, 0.0, 2.0), nothing)], palette) is None
-        assert pictures.lines([("a", [1, 2], [None, math.nan])], palette, ylabel="y") is None
-        assert pictures.calibration([("a", [], [])], mean=None) is None
-        assert pictures.histogram([None, "x"], xlabel="x") is None
-        assert pictures.correlations([], []) is None
-        assert pictures.correlations([[1.0, 2.0]], ["a"]) is None
-
-    def test_odd_input_is_drawn(self):
-        palette = canvas.Palette(())
-        turned_round = (0.5, 0.9, 0.1)
-        assert _svg(pictures.intervals([("_a$b$" * 20, turned_round)], palette, xlabel="x", zero=0.5, percent=True))
-        assert _svg(pictures.lines([("_x", [1, 2, 3], [0.5])], palette, ylabel="y"))
-        assert _svg(pictures.histogram([2.0] * 5, xlabel="x"))
-        assert _svg(pictures.correlations([[1.0, math.nan], [None, 1.0]], ["only one name"]))
-        assert _svg(pictures.calibration([(str(k), [0.6, 0.8], [0.5, 0.9]) for k in range(12)], mean=None))
-
-    def test_settings_of_the_user_neither_matter_nor_change(self):
-        def draw():
-            return pictures.histogram([1.0, 2.0, 3.0], xlabel="x")
-
-        expected = draw()
-        with matplotlib.rc_context({"text.usetex": True, "svg.fonttype": "none", "font.size": 30}):
-            before = dict(matplotlib.rcParams)
-            assert draw() == expected
-            assert dict(matplotlib.rcParams) == before
-
-    def test_pyplot_stays_out(self):
-        program = "import sys, prefdistill.report.html; sys.exit('matplotlib.pyplot' in sys.modules)"
-        assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from messages import assistant, system, user
 from prefdistill.data.formats import Pair, to_pair
 from prefdistill.data.group_files import read_groups, write_groups, write_scored
 from prefdistill.data.grouping import assign_splits, group_pairs
@@ -53,14 +54,6 @@ def pair(prompt="p", chosen="c", rejected="r", where="row 1", **extra) -> Pair:
 def grouped(pairs, left_out=None, drop_bad=False, **encoder):
     splits = {prompt_key(p.prompt): "train" for p in pairs}
     return group_pairs(pairs, Encoder(TOKENIZER, **encoder), splits=splits, left_out=left_out, drop_bad=drop_bad)
-
-
-def user(text):
-    return [{"role": "user", "content": text}]
-
-
-def assistant(text):
-    return [{"role": "assistant", "content": text}]
 
 
 # -- grouping --------------------------------------------------------------------------------------------------------
@@ -204,7 +197,7 @@ def test_unlabelled_responses_join_without_pairs():
 
 
 def test_a_conversation_is_shown_with_who_speaks():
-    asked = [{"role": "system", "content": "Be brief."}, *user("Hi"), *assistant("Hello."), *user("Who are\n\nyou?")]
+    asked = system("Be brief.") + user("Hi") + assistant("Hello.") + user("Who are\n\nyou?")
     assert conversation_text(asked) == "System: Be brief.\n\nUser: Hi\n\nAssistant: Hello.\n\nUser: Who are\n\nyou?"
     assert conversation_text(user("Hi")) == conversation_text("Hi") == "Hi"
     assert conversation_text(asked[:1]) == "System: Be brief."
@@ -212,7 +205,7 @@ def test_a_conversation_is_shown_with_who_speaks():
 
 def test_plain_text():
     assert plain_text("a") == "a"
-    assert plain_text([*assistant("a"), *assistant("b")]) == "a\nb"
+    assert plain_text(assistant("a") + assistant("b")) == "a\nb"
 
 
 # -- keys ------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import tiny_tokenizers as tiny
+from messages import assistant, user
 from prefdistill.data.tokenise import Encoder
 from prefdistill.errors import ConfigError, DataError
 from prefdistill.models.loading import load_tokenizer
@@ -23,13 +24,11 @@ from tokenizer_makes import (
     ADDS_BOS,
     CHATS,
     DUMMY_PREFIX,
-    assistant,
     decoded,
     encoder,
     every_make,
     many,
     texts,
-    user,
 )
 
 # --- plain text -------------------------------------------------------------------------------------------------------
