@@ -12,11 +12,10 @@ import peft
 import torch
 from peft import AutoPeftModelForSequenceClassification
 
-from benchmarks.shapes import Prompt, classifier_of, tokenizer_of
+from benchmarks.shapes import DTYPES, Prompt, classifier_of, device, tokenizer_of
 from benchmarks.steps import Step
 from prefdistill.models.adapters import Classifiers
 from prefdistill.models.loading import add_lora, save_adapter
-from prefdistill.models.precision import autocast
 from prefdistill.scoring import Column, fill_columns, rewards_forward
 
 MEMBERS = 5
@@ -46,7 +45,7 @@ def ours(prompts: list[Prompt], *, size: str, precision: str) -> Step:
     folders, trees = _folders(size), [p.tree for p in prompts]
 
     def step() -> float:
-        classifiers, total = Classifiers(), 0.0
+        classifiers, total = Classifiers(device()), 0.0
         with tempfile.TemporaryDirectory() as columns:
             for k, folder in enumerate(folders):
                 column = Column(Path(columns) / str(k), "benchmark")
@@ -66,7 +65,10 @@ def ours(prompts: list[Prompt], *, size: str, precision: str) -> Step:
 
 
 def separate(prompts: list[Prompt], *, size: str, precision: str, batch_rows: int) -> Step:
-    """Five passes of transformers and PEFT over both texts of every pair, as TRL's reward data have them."""
+    """Five passes of transformers and PEFT over both texts of every pair, as TRL's reward data have them.
+
+    The merged weights are in the precision themselves: autocast would round them anew in every forward.
+    """
     folders = _folders(size)
     rows = [[*p.ids, *p.responses[side]] for p in prompts for pair in p.pairs for side in pair]
 
@@ -74,11 +76,11 @@ def separate(prompts: list[Prompt], *, size: str, precision: str, batch_rows: in
         total = 0.0
         for folder in folders:
             model: peft.PeftModel = AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1)
-            model = model.merge_and_unload().eval()
+            model = model.merge_and_unload().to(device(), DTYPES[precision]).eval()
             rewards: list[float] = []
             for start in range(0, len(rows), batch_rows):
-                ids = torch.tensor(rows[start : start + batch_rows])
-                with torch.inference_mode(), autocast(precision, ids.device):
+                ids = torch.tensor(rows[start : start + batch_rows], device=model.device)
+                with torch.inference_mode():
                     out = model(input_ids=ids, attention_mask=torch.ones_like(ids))
                 rewards += out.logits[:, 0].float().tolist()
             total += sum(rewards[::2])

@@ -90,12 +90,21 @@ def ours(
     return stepper(trainer, [items[i : i + batch_prompts] for i in range(0, len(items), batch_prompts)])
 
 
-def trl(prompts: list[Prompt], *, size: str, precision: str, batch_prompts: int, checkpointing: bool) -> Step:
-    """TRL's step over the same pairs, its reference log-probs computed before."""
+def trl(
+    prompts: list[Prompt],
+    *,
+    size: str,
+    precision: str,
+    batch_prompts: int,
+    checkpointing: bool = False,
+    accumulating: bool = False,
+) -> Step:
+    """TRL's step over the same pairs, at once or a prompt's at a time; reference log-probs computed before."""
     batch = batch_prompts * len(prompts[0].pairs)
     trainer = trl_trainer(prompts, size=size, precision=precision, batch=batch, checkpointing=checkpointing)
     rows = [dict(row) for row in trainer.train_dataset]
-    return stepper(trainer, [rows[i : i + batch] for i in range(0, len(rows), batch)])
+    batches = [rows[i : i + batch] for i in range(0, len(rows), batch)]
+    return stepper(trainer, batches, at_once=len(prompts[0].pairs) if accumulating else None)
 
 
 def trl_trainer(prompts: list[Prompt], *, size: str, precision: str, batch: int, checkpointing: bool) -> Any:

@@ -24,8 +24,16 @@ def ours(prompts: list[Prompt], *, size: str, precision: str, batch_prompts: int
     return stepper(trainer, [items[i : i + batch_prompts] for i in range(0, len(items), batch_prompts)])
 
 
-def trl(prompts: list[Prompt], *, size: str, precision: str, batch_prompts: int, checkpointing: bool) -> Step:
-    """TRL's step over the same pairs, tokenised before."""
+def trl(
+    prompts: list[Prompt],
+    *,
+    size: str,
+    precision: str,
+    batch_prompts: int,
+    checkpointing: bool = False,
+    accumulating: bool = False,
+) -> Step:
+    """TRL's step over the same pairs, tokenised before; at once, or a prompt's pairs at a time."""
     batch = batch_prompts * len(prompts[0].pairs)
     rows = [
         {"chosen_ids": [*p.ids, *p.responses[c]], "rejected_ids": [*p.ids, *p.responses[r]]}
@@ -42,4 +50,5 @@ def trl(prompts: list[Prompt], *, size: str, precision: str, batch_prompts: int,
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer_of(size),
         )
-    return stepper(trainer, [rows[i : i + batch] for i in range(0, len(rows), batch)])
+    batches = [rows[i : i + batch] for i in range(0, len(rows), batch)]
+    return stepper(trainer, batches, at_once=len(prompts[0].pairs) if accumulating else None)

@@ -11,7 +11,6 @@ from benchmarks.shapes import SIZES, Prompt, prompts_of
 from benchmarks.steps import Step
 
 TRIAL_SHARE = 4  # a trial step is this part of the work: it only has to tell which is faster
-TRIAL_STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,8 @@ class Row:
         fixed_prompts: how many prompts there are, where it is not two batches.
         passes: how often a step computes all tokens.
         steps: so many steps without a warm-up are compared by their sum, where it is not the medians.
+        drawn: whether a step returns how many tokens it drew, so that these are what it had to compute.
+        equal: whether both sides' steps return the same number: the loss, or a sum of log-probs or rewards.
     """
 
     name: str
@@ -60,6 +61,8 @@ class Row:
     fixed_prompts: int | None = None
     passes: int = 1
     steps: int | None = None
+    drawn: bool = False
+    equal: bool = True
 
     def prompts(self, sizes: Sizes, *, trial: bool = False) -> list[Prompt]:
         """The prompts of a side's steps: two batches, or those of a step that is a whole; a quarter of them to try."""
@@ -90,18 +93,21 @@ def _sampling(make: Callable[..., Step], **fixed: Any) -> Side:
     )
 
 
-def _both(make: Callable[..., Step]) -> dict[str, Side]:
-    """TRL without and with gradient checkpointing: its faster setting counts."""
+def _settings(make: Callable[..., Step]) -> dict[str, Side]:
+    """TRL without and with gradient checkpointing, a step at once and by accumulation: its fastest setting counts."""
     return {
-        "trl": _of_batches(make, checkpointing=False),
-        "trl, checkpointing": _of_batches(make, checkpointing=True),
+        ", ".join(["trl", *["checkpointing"] * checkpointing, *["a prompt at a time"] * accumulating]): _of_batches(
+            make, checkpointing=checkpointing, accumulating=accumulating
+        )
+        for accumulating in (False, True)
+        for checkpointing in (False, True)
     }
 
 
 # TRL's batch size for this pass is its user's to choose: the best of three counts.
 _TRL_SCORING = {f"trl, {n} pairs": _scoring(scoring.trl, batch_pairs=n) for n in (1, 4, 8)}
 _SEPARATE = {f"transformers, {n} rows": _scoring(members.separate, batch_rows=n) for n in (2, 8, 16)}
-_GENERATE = {f"generate, {n} rows": _sampling(sampling.generate, batch_rows=n) for n in (16, 64)}
+_GENERATE = {f"generate, {n} rows": _sampling(sampling.generate, batch_rows=n) for n in (16, 64, 200)}
 
 ROWS = (
     Row(
@@ -110,7 +116,7 @@ ROWS = (
         "TRL DPOTrainer",
         4.0,
         "unique",
-        {"ours": _of_batches(policy.ours), **_both(policy.trl)},
+        {"ours": _of_batches(policy.ours), **_settings(policy.trl)},
         memory_target=2.0,
     ),
     Row(
@@ -119,7 +125,7 @@ ROWS = (
         "TRL DPOTrainer",
         8.0,
         "shared",
-        {"ours": _of_batches(policy.ours), **_both(policy.trl)},
+        {"ours": _of_batches(policy.ours), **_settings(policy.trl)},
         memory_target=2.0,
     ),
     Row(
@@ -128,7 +134,7 @@ ROWS = (
         "TRL RewardTrainer",
         3.0,
         "unique",
-        {"ours": _of_batches(reward.ours), **_both(reward.trl)},
+        {"ours": _of_batches(reward.ours), **_settings(reward.trl)},
         head=False,
     ),
     Row(
@@ -137,7 +143,7 @@ ROWS = (
         "TRL RewardTrainer",
         6.0,
         "shared",
-        {"ours": _of_batches(reward.ours), **_both(reward.trl)},
+        {"ours": _of_batches(reward.ours), **_settings(reward.trl)},
         head=False,
     ),
     Row(
@@ -174,6 +180,8 @@ ROWS = (
         training=False,
         whole=True,
         fixed_prompts=100,
+        drawn=True,
+        equal=False,
     ),
     Row(
         "300 policy steps, torch.compile",
@@ -195,12 +203,13 @@ ROWS = (
     ),
     Row(
         "e-DPO step, K = 5",
-        "e-DPO with five reward columns",
+        "e-DPO with five reward columns, without the KL term",
         "own DPO step",
         1.02,
         "shared",
         {"ours": _of_batches(policy.ours, method="e-dpo", members=5), "own DPO": _of_batches(policy.ours)},
         at_most=True,
+        equal=False,
     ),
 )
 

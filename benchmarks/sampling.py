@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.shapes import SIZES, SPECIALS, Prompt, policy_of
+from benchmarks.shapes import DTYPES, SIZES, SPECIALS, Prompt, policy_of
 from benchmarks.steps import Step
 from prefdistill.evaluation.sampling import SamplingOptions, sample
-from prefdistill.models.precision import autocast
 
 TOKEN_BUDGET = 24_576  # of keys and values; the stage's default
 ENDS_EVERY = 30
@@ -42,8 +41,8 @@ def ours(prompts: list[Prompt], *, size: str, precision: str, samples: int, max_
 def generate(
     prompts: list[Prompt], *, size: str, precision: str, samples: int, max_new_tokens: int, batch_rows: int
 ) -> Step:
-    """transformers.generate over rows of repeated prompts, `batch_rows` at once."""
-    policy = policy_of(size).eval()
+    """transformers.generate over rows of repeated prompts, `batch_rows` at once, on weights in the precision."""
+    policy = policy_of(size).to(DTYPES[precision]).eval()
     rows = [p.ids for p in prompts for _ in range(samples)]
 
     def step() -> float:
@@ -51,17 +50,16 @@ def generate(
         total = 0
         for start in range(0, len(rows), batch_rows):
             ids = torch.tensor(rows[start : start + batch_rows], device=policy.device)
-            with autocast(precision, policy.device):  # generate turns gradients off: weights are cast once a call
-                out = policy.generate(
-                    ids,
-                    attention_mask=torch.ones_like(ids),
-                    do_sample=True,
-                    temperature=1.0,
-                    top_k=0,
-                    max_new_tokens=max_new_tokens,
-                    eos_token_id=list(_ends(size)),
-                    pad_token_id=0,
-                )
+            out = policy.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=list(_ends(size)),
+                pad_token_id=0,
+            )
             total += int((out[:, ids.shape[1] :] != 0).sum())
         return float(total)
 

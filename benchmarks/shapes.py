@@ -80,6 +80,7 @@ SIZES: dict[str, dict[str, int]] = {
         "num_key_value_heads": 2,
     },
 }
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 UNTIED = ("8b", "70b")  # embeddings and head are two matrices
 
 
@@ -95,16 +96,22 @@ def config_of(size: str, **fields: Any) -> LlamaConfig:
     )
 
 
+def device() -> torch.device:
+    """Where all sides compute."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def policy_of(size: str, seed: int = 0) -> LlamaForCausalLM:
     """A Llama with random weights."""
     torch.manual_seed(seed)
-    return LlamaForCausalLM(config_of(size, tie_word_embeddings=size not in UNTIED))
+    model = LlamaForCausalLM(config_of(size, tie_word_embeddings=size not in UNTIED))
+    return model.to(device())  # type: ignore[arg-type]
 
 
 def classifier_of(size: str, seed: int = 0) -> LlamaForSequenceClassification:
     """A reward model of the same shape."""
     torch.manual_seed(seed)
-    return LlamaForSequenceClassification(config_of(size, num_labels=1))
+    return LlamaForSequenceClassification(config_of(size, num_labels=1)).to(device())  # type: ignore[arg-type]
 
 
 def tokenizer_of(size: str) -> PreTrainedTokenizerFast:

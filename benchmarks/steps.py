@@ -11,8 +11,10 @@ import torch
 Step = Callable[[], float]
 
 
-def stepper(trainer: Any, batches: Sequence[Any]) -> Step:
+def stepper(trainer: Any, batches: Sequence[Any], *, at_once: int | None = None) -> Step:
     """A function that takes the next step of a transformers.Trainer on these batches, in a ring; returns its loss.
+
+    Gradients of `at_once` rows at a time are accumulated, or all of a batch's are computed at once.
 
     It is what `Trainer.train` does between two log lines: forward, backward, clipping, optimiser; the batches are
     collated anew every time.
@@ -22,15 +24,17 @@ def stepper(trainer: Any, batches: Sequence[Any]) -> Step:
     trainer.create_optimizer()
     model, optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
     trainer.model_wrapped = model
-    trainer.current_gradient_accumulation_steps = 1  # what Trainer.train sets before its first step
     model.train()
     place = 0
 
     def step() -> float:
         nonlocal place
-        inputs = trainer.data_collator(batches[place % len(batches)])
+        batch = batches[place % len(batches)]
         place += 1
-        loss = trainer.training_step(model, inputs)
+        size = at_once or len(batch)
+        parts = [batch[i : i + size] for i in range(0, len(batch), size)]
+        trainer.current_gradient_accumulation_steps = len(parts)  # what Trainer.train sets: a part's loss is its share
+        loss = sum(trainer.training_step(model, trainer.data_collator(part)) for part in parts)
         trainer.accelerator.clip_grad_norm_(model.parameters(), trainer.args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()

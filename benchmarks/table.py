@@ -21,6 +21,37 @@ def _short_of(row: Mapping[str, Any]) -> str:
     return "" if asked is None or row["memory"]["ratio"] >= asked else f", {row['memory_target']:g}x missed"
 
 
+def _counts(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How many steps medians are of."""
+    counts = sorted({len(row["seconds"]["ours"]) for row in rows} - {300})
+    return " or ".join(map(str, counts)) if counts else "no"
+
+
+def _precisions(rows: Sequence[Mapping[str, Any]]) -> str:
+    """In what the sides took their steps, of what was tried."""
+    tried = {tuple(sorted(of)) for row in rows for of in row["trials"].values()}
+    if tried == {("bfloat16", "float32")}:
+        return "in the faster of float32 and bfloat16"
+    if len(tried) == 1:
+        return f"in {next(iter(tried))[0]}, the only precision that was tried"
+    return "in the faster of what was tried of float32 and bfloat16"
+
+
+def _equality(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How far the sides' losses were apart, by the precisions that they took."""
+    most: dict[str, float] = {}
+    for row in rows:
+        if row.get("losses_differ_by") is not None:
+            both = " and ".join(sorted(set(row["precision"].values())))
+            most[both] = max(most.get(both, 0.0), row["losses_differ_by"])
+    said = ", ".join(f"{value:.0e} in {both}" for both, value in sorted(most.items()))
+    return (
+        f"Losses of both sides' steps (sums of log-probs or rewards in scoring) differ by at most {said}. "
+        if said
+        else ""
+    )
+
+
 def markdown(results: Mapping[str, Any], *, picture: str, remarks: str = "") -> str:
     """RESULTS.md: a row a comparison, with what it was measured on; remarks are Markdown for its end."""
 
@@ -36,9 +67,9 @@ def markdown(results: Mapping[str, Any], *, picture: str, remarks: str = "") -> 
         f"responses of {sizes['response_tokens']}, {sizes['batch_prompts']} prompts a step where a row says nothing "
         f"else; {machine['cpu']}, {machine['threads']} threads{', ' + machine['gpu'] if machine['gpu'] else ''}; "
         + ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-        + ". Medians of steps that the sides took in turn (of 300 steps their sum, with compiling), each in the faster "
-        "of float32 and bfloat16. Utilisation: model FLOPs of the tokens that must be computed once, over the "
-        "machine's own matrix product.",
+        + f". Medians of {_counts(results['rows'])} steps that the sides took in turn (of 300 steps their sum, with "
+        f"compiling), each {_precisions(results['rows'])}. {_equality(results['rows'])}Utilisation: model FLOPs of the "
+        "tokens that must be computed once, over the machine's own matrix product.",
         "",
         f"![ratio by row]({picture})",
         "",

@@ -27,13 +27,13 @@ class Worker:
 
     Attributes:
         peak: gigabytes that it has held at most so far.
-        loss: what its last step returned.
+        returned: what its last step returned: its loss, if it trained.
     """
 
     process: subprocess.Popen[str]
     errors: IO[str]
     peak: float = 0.0
-    loss: float = 0.0
+    returned: float = 0.0
 
     def step(self) -> float:
         """Takes one step; returns its seconds.
@@ -47,7 +47,7 @@ class Worker:
             self.process.stdin.write("step\n")
             self.process.stdin.flush()
         answer = self._answer()
-        self.peak, self.loss = answer["peak"], answer["loss"]
+        self.peak, self.returned = answer["peak"], answer["returned"]
         return float(answer["seconds"])
 
     def _answer(self) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def worker(row: str, side: str, precision: str, sizes: Any, *, trial: bool = Fal
 
 
 def serve(row: str, side: str, precision: str, sizes: Any, *, trial: bool) -> None:
-    """The worker's own end: steps on every line that it reads, and answers with seconds, loss and peak memory."""
+    """The worker's own end: a step on every line that it reads, answered by its seconds, value and peak memory."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever else is printed is no answer
     import time
@@ -113,5 +113,5 @@ def serve(row: str, side: str, precision: str, sizes: Any, *, trial: bool) -> No
     answer(ready=True)
     for _ in sys.stdin:
         start = time.perf_counter()
-        loss = step()
-        answer(seconds=time.perf_counter() - start, loss=loss, peak=peak_gigabytes())
+        returned = step()
+        answer(seconds=time.perf_counter() - start, returned=returned, peak=peak_gigabytes())

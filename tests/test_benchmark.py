@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -12,22 +13,40 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import __main__ as main  # noqa: E402
-from benchmarks import members, policy, reward, scoring  # noqa: E402
-from benchmarks.__main__ import earlier_of, remarks_of  # noqa: E402
+from benchmarks import members, policy, reward, sampling, scoring, shapes, trials  # noqa: E402
+from benchmarks.__main__ import asked_of, earlier_of, remarks_of  # noqa: E402
 from benchmarks.rows import ROWS, Sizes, flops_once  # noqa: E402
 from benchmarks.shapes import policy_of, prompts_of  # noqa: E402
-from benchmarks.table import markdown  # noqa: E402
+from benchmarks.table import markdown, picture  # noqa: E402
+
+from prefdistill.report.canvas import svg_of  # noqa: E402
+
+# As the shapes that are measured have them: heads of 64, more words than a piece of the head holds.
+WIDE = {
+    "vocab_size": 5000,
+    "hidden_size": 192,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+}
 
 
 @pytest.mark.parametrize("trained", [policy, reward], ids=["policy", "reward"])
 @pytest.mark.parametrize("shape", ["unique", "shared"])
-def test_losses_are_trls(shape, trained, monkeypatch):
-    """Twenty steps from the same weights on the same pairs, float32; a rate at which weights move."""
-    monkeypatch.setattr(policy, "LEARNING_RATE", 1e-3)
-    prompts = prompts_of(shape, 6, size="tiny", prompt_tokens=20, response_tokens=7)
-    same = {"size": "tiny", "precision": "float32", "batch_prompts": 2}
-    ours, trl = trained.ours(prompts, **same), trained.trl(prompts, **same, checkpointing=False)
+@pytest.mark.parametrize(
+    ("size", "accumulating", "rate"), [("tiny", False, 1e-3), ("tiny", True, 1e-3), ("wide", False, 1e-4)]
+)
+def test_losses_are_trls(size, accumulating, rate, shape, trained, monkeypatch):
+    """Twenty steps from the same weights on the same pairs, float32; a rate at which weights move.
+
+    At ten times this rate the wide shape's losses by TRL, at once and by accumulation, are 1e-4 apart themselves.
+    """
+    monkeypatch.setattr(policy, "LEARNING_RATE", rate)
+    monkeypatch.setitem(shapes.SIZES, "wide", WIDE)
+    prompts = prompts_of(shape, 6, size=size, prompt_tokens=20, response_tokens=7)
+    same = {"size": size, "precision": "float32", "batch_prompts": 2}
+    ours, trl = trained.ours(prompts, **same), trained.trl(prompts, **same, accumulating=accumulating)
     curves = [(ours(), trl()) for _ in range(20)]
     assert curves[-1][0] < 0.9 * curves[0][0], "nothing is compared where nothing is learnt"
     for mine, peer in curves:
@@ -55,7 +74,7 @@ def test_the_command_writes_its_results(tmp_path):
         "benchmarks",
         *sizes,
         "--rows",
-        "policy step, unique",
+        "e-DPO",
         "--steps",
         "2",
         "--precision",
@@ -64,29 +83,64 @@ def test_the_command_writes_its_results(tmp_path):
         str(tmp_path),
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "policy step, unique prompts" in done.stdout
+    assert "e-DPO step, K = 5: ours" in done.stdout
     page = (tmp_path / "RESULTS.md").read_text(encoding="utf-8")
-    assert "| policy step, unique prompts<br>DPO, a pair a prompt, reference precomputed | TRL DPOTrainer" in page
-    assert (tmp_path / "results.svg").read_text(encoding="utf-8").count("<svg") == 1
+    assert "| e-DPO step, K = 5<br>e-DPO with five reward columns, without the KL term | own DPO step, float32" in page
     written = json.loads((tmp_path / "results.json").read_text())
     row = written["rows"][0]
-    assert row["ratio"] == pytest.approx(row["peer"] / row["ours"])
+    assert row["ratio"] == pytest.approx(row["ours"] / row["peer"])
+    assert len(row["seconds"]["ours"]) == len(row["seconds"]["own DPO"]) == 2
     assert row["memory"]["ours"] > 0
+    assert row["losses_differ_by"] is None, "two methods' losses"
+    assert "Medians of 2 steps" in page
+    assert "in float32, the only precision that was tried." in page
     assert all(of.keys() == {"float32"} for of in row["trials"].values())
     assert {"machine", "versions"} <= set(written)
     assert written["versions"]["trl"] == "1.16.0"
 
 
-def test_rows_are_added_to_those_of_the_same_machine_and_work(tmp_path):
+def test_rows_are_added_to_those_of_the_same_machine_and_work(tmp_path, capsys):
     conditions = {"machine": {"cpu": "one"}, "versions": {"torch": "2"}, "sizes": {"batch_prompts": 4}}
     rows = [{"name": "step", "work": "a pair", "ratio": 2.0}, {"name": "300 steps", "work": "one prompt", "ratio": 1.0}]
     (tmp_path / "results.json").write_text(json.dumps({**conditions, "growth": [1], "rows": rows}))
     works = {"step": "a pair", "300 steps": "four prompts"}
-    kept = earlier_of(tmp_path, conditions, works)
+    kept = earlier_of(tmp_path, conditions, works, whole=False)
     assert kept == {**conditions, "growth": [1], "rows": rows[:1]}
-    other = earlier_of(tmp_path, {**conditions, "machine": {"cpu": "other"}}, works)
+    elsewhere = {**conditions, "machine": {"cpu": "other"}}
+    with pytest.raises(SystemExit, match=r"results\.json holds rows of machine .*one.*--output"):
+        earlier_of(tmp_path, elsewhere, works, whole=False)
+    other = earlier_of(tmp_path, elsewhere, works, whole=True)
+    assert "they are replaced" in capsys.readouterr().out
     assert other["rows"] == []
     assert other["growth"] is None
+
+
+def test_rows_are_asked_for_by_a_part_of_their_names():
+    names = ["policy step", "reward step", "growth"]
+    assert asked_of(names, None) == set(names)
+    assert asked_of(names, "policy|growth") == {"policy step", "growth"}
+    assert asked_of(names, "step") == {"policy step", "reward step"}
+    with pytest.raises(SystemExit, match=r"'polycy'; rows are policy step; reward step; growth"):
+        asked_of(names, "reward|polycy")
+
+
+def test_a_page_says_how_far_losses_were_apart_and_what_was_tried():
+    results = json.loads((ROOT / "benchmarks" / "results.json").read_text())
+    rows = [dict(row, losses_differ_by=None) for row in results["rows"]]
+    assert "Losses" not in markdown({**results, "rows": rows}, picture="p")
+    precisions = ["bfloat16", "bfloat16", "float32"]
+    rows = [
+        dict(
+            row,
+            losses_differ_by=apart,
+            precision={"ours": "float32", "peer": precision},
+            trials={"ours": {precision: 1}},
+        )
+        for row, apart, precision in zip(rows, [2e-3, 1e-3, 3e-6], precisions, strict=False)
+    ]
+    page = markdown({**results, "rows": rows}, picture="p")
+    assert "differ by at most 2e-03 in bfloat16 and float32, 3e-06 in float32. Utilisation" in page
+    assert "each in the faster of what was tried of float32 and bfloat16" in page
 
 
 @pytest.mark.parametrize("folder", ["benchmarks", "benchmarks/amx", "benchmarks/avx2"])
@@ -94,6 +148,9 @@ def test_pages_are_made_of_what_was_measured(folder):
     results = json.loads((ROOT / folder / "results.json").read_text())
     page = markdown(results, picture="results.svg", remarks=remarks_of(ROOT / folder, results))
     assert (ROOT / folder / "RESULTS.md").read_text(encoding="utf-8") == page
+    drawn = picture(results["rows"])
+    assert drawn is not None
+    assert (ROOT / folder / "results.svg").read_text(encoding="utf-8").count("<path") == svg_of(drawn).count("<path")
 
 
 def test_remarks_stand_under_the_table_that_they_are_of(tmp_path):
@@ -120,18 +177,52 @@ def test_rewards_of_members_are_transformers():
     assert ours() == first
 
 
-def test_peers_that_less_work_hardly_tells_apart_are_tried_at_all_of_it(monkeypatch):
+@pytest.mark.parametrize("name", ["policy step, unique prompts", "reference log-probs of a data set"])
+def test_peers_that_less_work_hardly_tells_apart_are_tried_at_all_of_it(name, monkeypatch):
     asked = []
 
     def trial(row, side, precision, sizes, *, less):
         asked.append((side, precision, less))
         return {"plain": 40.0, "checkpointing": 50.0}[side]
 
-    monkeypatch.setattr(main, "_trial", trial)
-    row = next(r for r in ROWS if r.name == "policy step, unique prompts")
+    monkeypatch.setattr(trials, "trial", trial)
+    row = next(r for r in ROWS if r.name == name)
     less = {"checkpointing": ("float32", 9.7), "plain": ("float32", 10.6), "slow": ("bfloat16", 30.0)}
-    assert main._by_speed(row, less, Sizes()) == ["plain", "checkpointing", "slow"]
+    again = trials.at_all_work(row, less, Sizes())
+    assert again == {"checkpointing": 50.0, "plain": 40.0}
     assert asked == [("checkpointing", "float32", False), ("plain", "float32", False)]
-    asked.clear()
-    assert main._by_speed(row, {**less, "plain": ("float32", 20.0)}, Sizes()) == ["checkpointing", "plain", "slow"]
-    assert asked == []
+    assert trials.by_speed(less, again) == ["plain", "checkpointing", "slow"]
+    told_apart = {**less, "plain": ("float32", 20.0)}
+    assert trials.at_all_work(row, told_apart, Sizes()) == {}
+    assert trials.by_speed(told_apart, {}) == ["checkpointing", "plain", "slow"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "least", "taken"),
+    [([9.0, 3.0, 2.0, 4.0, 1.0], 2.0, 4), ([60.0, 50.0, 40.0], 50.0, 2), ([120.0, 1.0], 120.0, 1)],
+)
+def test_a_trial_takes_the_least_of_as_many_steps_as_there_is_patience_for(seconds, least, taken, monkeypatch):
+    left = iter(seconds)
+
+    class Alone:
+        def step(self):
+            return next(left)
+
+    monkeypatch.setattr(trials, "worker", lambda *_, **__: contextlib.nullcontext(Alone()))
+    assert trials.trial(ROWS[0], "ours", "float32", Sizes(), less=True) == least
+    assert len(list(left)) == len(seconds) - taken
+
+
+def test_samples_count_as_what_was_drawn():
+    """Both sides draw responses of about the same lengths, ended by a thirtieth of all words."""
+    prompts = prompts_of("unique", 40, size="tiny", prompt_tokens=5, response_tokens=42)
+    same = {"size": "tiny", "samples": 2, "max_new_tokens": 42}
+    # A word in about 30 ends a response; the mean of 80 lengths that are geometric but for a bound of 42.
+    stays = 1 - len(range(3, 64, sampling.ENDS_EVERY)) / 64
+    expected = sum(stays**k for k in range(42))
+    for step in (
+        sampling.ours(prompts, precision="float32", **same),
+        sampling.generate(prompts, precision="float32", batch_rows=80, **same),
+        sampling.generate(prompts, precision="bfloat16", batch_rows=33, **same),
+    ):
+        assert step() / 80 == pytest.approx(expected, abs=7)  # four standard errors
