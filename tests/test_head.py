@@ -97,3 +97,39 @@ def test_a_second_backward_pass_gives_the_same():
     loss = (head_logps(head, Scaling(cap=2.0), hidden, targets) * weights).sum()
     first, again = (torch.autograd.grad(loss, [hidden, *head.parameters()], retain_graph=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_gradients_of_bfloat16_weights_are_summed_up_in_float32(monkeypatch):
+    """A piece's part is rounded, their sum but once: a hundred pieces are no worse than one product of all rows."""
+    monkeypatch.setattr(module, "ON_CPU", (16, 16))
+    torch.manual_seed(0)
+    n = 1600
+    hidden, targets = torch.randn(n, H).bfloat16(), torch.randint(0, V, (n,))
+    head = nn.Linear(H, V, bias=True, dtype=torch.bfloat16)
+    head_logps(head, Scaling(), hidden, targets).sum().backward()
+    wide = nn.Linear(H, V, bias=True, dtype=torch.float64)
+    with torch.no_grad():
+        wide.weight.copy_(head.weight)
+        wide.bias.copy_(head.bias)
+    wide(hidden.double()).log_softmax(1)[torch.arange(n), targets].sum().backward()
+    for ours, exact in ((head.weight.grad, wide.weight.grad), (head.bias.grad, wide.bias.grad)):
+        assert (ours.double() - exact).norm() <= 2**-8 * exact.norm()
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Other])
+def test_no_targets_have_no_log_probs(kind):
+    head, hidden = draw(False, kind)[:2]
+    found = head_logps(head, Scaling(), hidden[:0], torch.empty(0, dtype=torch.long))
+    assert found.shape == (0,)
+    assert found.dtype == torch.float32
+    found.sum().backward()
+    assert torch.equal(hidden.grad, torch.zeros_like(hidden))
+
+
+def test_a_head_whose_forward_was_replaced_is_called():
+    head, hidden, targets, _ = draw(False)
+    plain = head.forward
+    head.forward = lambda x: plain(x) * 2  # as accelerate does to weights that lie elsewhere
+    found = head_logps(head, Scaling(), hidden, targets)
+    head.forward = plain
+    torch.testing.assert_close(found.double(), truth(head, hidden, targets, Scaling(factor=2.0)), atol=1e-5, rtol=1e-5)

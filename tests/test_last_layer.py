@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 import torch
+import torch._dynamo
 
 from prefdistill.data.tree import Tree
 from prefdistill.models.forward import TreeModel
@@ -21,7 +24,7 @@ def seen_of(model: TreeModel) -> list[list[int]]:
 
 
 def untrimmed(model: TreeModel) -> TreeModel:
-    model.backbone.layers[-1]._forward_pre_hooks.clear()
+    del model.backbone.layers[-1].self_attn.reads
     return model
 
 
@@ -48,6 +51,20 @@ def test_log_probs_and_gradients_are_those_of_all_positions(checkpointing):
     torch.testing.assert_close(our_grads, grads, atol=1e-5, rtol=1e-4)
 
 
+def test_two_forwards_may_stand_before_a_backward_pass():
+    """A checkpoint's second forward reads its own positions, not those of the forward before it."""
+    grads = []
+    for checkpointing in (False, True):
+        raw = tiny("llama").train()
+        if checkpointing:
+            raw.gradient_checkpointing_enable()
+        model = TreeModel(raw)
+        first, second = model.collate(TREES), model.collate([Tree((4, 5, 6), ((7, 8, 2),))])
+        (model.logps(first).sum() + 2 * model.logps(second).sum()).backward()
+        grads.append(torch.cat([p.grad.flatten() for p in raw.parameters()]))
+    torch.testing.assert_close(grads[1], grads[0], atol=1e-5, rtol=1e-4)
+
+
 @torch.no_grad()
 def test_each_question_reads_its_own_positions():
     model = TreeModel(tiny("llama").eval())
@@ -69,3 +86,53 @@ def test_a_forward_of_the_model_itself_is_whole():
     model = TreeModel(raw)
     model.logps(model.collate(TREES))
     torch.testing.assert_close(raw(input_ids=ids).logits, before, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_nothing_is_left_behind_by_a_forward_that_ran_or_failed():
+    model = TreeModel(tiny("llama").eval())
+    layer = model.backbone.layers[-1]
+    x = torch.randn(1, 9, model.config.hidden_size)
+    whole = layer.mlp(x)
+    batch = model.collate(TREES)
+    model.logps(batch)
+    assert torch.equal(layer.mlp(x), whole)
+    failing = layer.mlp.down_proj.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.logps(batch)
+    failing.remove()
+    assert torch.equal(layer.mlp(x), whole)
+
+
+def test_layers_that_are_compiled_in_part_read_no_other_batchs_positions(monkeypatch):
+    """Where torch.compile gives up on a layer it compiles what the layer calls, and runs the rest as it is."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    trees = [[Tree(tuple(range(5, 5 + n)), (tuple(range(20, 20 + k)), (23, 2)))] for n, k in ((5, 4), (30, 7), (9, 3))]
+    other = TreeModel(tiny("llama"))
+    with torch.no_grad():
+        expected = [other.logps(other.collate(t)) for t in trees]
+    raw = tiny("llama")
+    model = TreeModel(raw)
+    torch._dynamo.reset()
+    for layer in raw.model.layers:
+        layer.compile(dynamic=True, backend="eager")
+    for training in (True, False, True):
+        raw.train(training)
+        for grad in (True, False):
+            for t, logps in zip(trees, expected, strict=True):
+                with torch.set_grad_enabled(grad):
+                    found = model.logps(model.collate(t)).detach()
+                torch.testing.assert_close(found, logps, atol=1e-4, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_model_can_still_be_saved_whole():
+    raw = tiny("llama").eval()
+    model = TreeModel(raw)
+    batch = model.collate(TREES)
+    file = io.BytesIO()
+    torch.save(raw, file)
+    file.seek(0)
+    again = TreeModel(torch.load(file, weights_only=False))
+    assert again.backbone.layers[0].mlp.forward.args[0] is again.backbone.layers[0].mlp
+    assert torch.equal(again.logps(batch), model.logps(batch))

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -199,6 +200,9 @@ def attend(
             sinks, biases).
     """
     row: Row | None = getattr(attention_mask, "row", None)
+    reads: Any = getattr(module, "reads", None)  # of the last layer
+    if reads is not None:
+        reads.now = None if row is None else row.read
     if row is None:
         if attention_mask is not None and attention_mask.shape[-1] == 1 < key.shape[2]:
             raise ValueError("the packed row's mask has lost its places on the way through the model")
@@ -256,6 +260,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v = ctx.saved_tensors
         sums = torch.float64 if q.dtype == torch.float64 else torch.float32

@@ -53,6 +53,7 @@ class TreeModel:
         self.pad_id = int(self.config.pad_token_id or 0)
         self._mask_form = "plain"
         self._own_logits = False
+        fuse_gates(self.backbone)  # what the last layer leaves out is under the probe too
         if path is None:
             self.path, self._mask_form = _probe(self)
         else:
@@ -63,7 +64,6 @@ class TreeModel:
                 self._mask_form = _mask_forms(self.config)[0]
         if device_of(model).type == "cpu":
             keep_freed_memory()
-        fuse_gates(self.backbone)
         lighten_norms(self.backbone)  # for scoring as for training: a policy's first margins are zero to the bit
         self._own_logits = not _head_is_known(self)
 

@@ -7,7 +7,7 @@ Which modules are such is measured: one whose outputs differ from the formula on
 
 from __future__ import annotations
 
-import types
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +19,16 @@ from prefdistill.native.library import library_for
 
 TOLERANCE = 1e-5
 PARTS = ("gate_proj", "up_proj", "down_proj")
+
+
+class Reads:
+    """At which positions the output of the layer that runs now is read; None: at all.
+
+    The layer's attention tells, which runs before its MLP in every forward: in a checkpoint's second one, where hooks
+    of the layer do not, and beside compiled code. The MLP takes it away, so that no other call has it.
+    """
+
+    now: Tensor | None = None
 
 
 def fuse_gates(backbone: nn.Module) -> int:
@@ -33,17 +43,13 @@ def fuse_gates(backbone: nn.Module) -> int:
     for layer in layers:
         mlp = getattr(layer, "mlp", None)
         if mlp is not None and "forward" not in vars(mlp) and _is_formula(mlp):
-            mlp.forward = types.MethodType(_forward, mlp)
+            attention = getattr(layer, "self_attn", None)
+            reads = None
+            if layer is layers[-1] and attention is not None:
+                reads = attention.reads = Reads()
+            mlp.forward = partial(_forward, mlp, reads)  # no method: those are pickled by their name in the class
             found += 1
-            if layer is layers[-1]:
-                layer.register_forward_pre_hook(_tell_read, with_kwargs=True)
     return found
-
-
-def _tell_read(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Before the last layer runs, in a checkpoint's second forward too: which positions are read of its output."""
-    if not torch.compiler.is_compiling():
-        layer.mlp.read = getattr(getattr(kwargs.get("attention_mask"), "row", None), "read", None)
 
 
 def _is_formula(mlp: Any) -> bool:
@@ -59,9 +65,11 @@ def _is_formula(mlp: Any) -> bool:
     return bool((ours - truth).abs().max() <= TOLERANCE * truth.abs().max())
 
 
-def _forward(self: Any, x: Tensor) -> Any:
-    read: Tensor | None = getattr(self, "read", None)
-    if torch.compiler.is_compiling() or read is None:
+def _forward(self: Any, reads: Reads | None, x: Tensor) -> Any:
+    read = None
+    if reads is not None and not torch.compiler.is_compiling():
+        read, reads.now = reads.now, None
+    if read is None:
         return _gated(self, x)
     found = _gated(self, x[:, read])
     return found.new_zeros((*x.shape[:-1], found.shape[-1])).index_copy(1, read, found)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 # Logits in memory at a time: 128 MiB of them in float32.
@@ -59,6 +60,8 @@ def head_logps(head: Any, scaling: Scaling, hidden: Tensor, targets: Tensor) -> 
         hidden: [N, H].
         targets: [N].
     """
+    if len(targets) == 0:
+        return hidden.sum(1).float()  # [0], with a gradient if they have one
     if _is_plain(head) and hidden.dtype != torch.float64:
         dtype = hidden.dtype
         if torch.is_autocast_enabled(hidden.device.type):
@@ -80,8 +83,9 @@ def head_logps(head: Any, scaling: Scaling, hidden: Tensor, targets: Tensor) -> 
 
 
 def _is_plain(head: nn.Module) -> bool:
-    """Whether a head is its weights and nothing else; wrappers (FSDP, adapters) and hooks want to be called."""
-    return type(head) is nn.Linear and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks)
+    """Whether a head is its weights and nothing else; wrappers, adapters, offloading and hooks want a call."""
+    hooks = head._forward_hooks or head._forward_pre_hooks or head._backward_hooks
+    return type(head) is nn.Linear and not hooks and "forward" not in vars(head)
 
 
 def _asked(head: nn.Module, scaling: Scaling, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -132,6 +136,7 @@ class _LinearLogps(torch.autograd.Function):
         return picked - sums
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, sums = ctx.saved_tensors
         (h, w), scaling = ctx.cast, ctx.scaling
@@ -143,6 +148,11 @@ class _LinearLogps(torch.autograd.Function):
         rows_most, words_most = _piece(hidden)
         pieces = _pieces(len(targets), rows_most)
         for words in _slices(len(weight), words_most):
+            d_words = None
+            if d_weight is not None:
+                d_words = d_weight[words]
+                if d_weight.dtype != torch.float32:
+                    d_words = torch.empty_like(d_words, dtype=torch.float32)
             for rows in pieces:
                 logits = ctx.kept.get((rows.start, words.start))
                 if logits is None:
@@ -160,10 +170,12 @@ class _LinearLogps(torch.autograd.Function):
                 cast = d.to(h.dtype)
                 if d_hidden is not None:
                     _sum_up(d_hidden, rows, cast @ w[words], first=words.start == 0)
-                if d_weight is not None:
-                    _sum_up(d_weight, words, cast.T @ h[rows], first=rows.start == 0)
+                if d_words is not None:
+                    _sum_up(d_words, slice(None), cast.T @ h[rows], first=rows.start == 0)
                 if d_bias is not None:
                     _sum_up(d_bias, words, d.sum(0), first=rows.start == 0)
+            if d_words is not None and d_weight is not None and d_weight.dtype != torch.float32:
+                d_weight[words] = d_words
         return (
             None if d_hidden is None else d_hidden.to(hidden.dtype),
             d_weight,

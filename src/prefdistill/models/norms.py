@@ -7,11 +7,12 @@ such norms is measured: one whose outputs differ from the formula on random numb
 
 from __future__ import annotations
 
-import types
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from prefdistill.native.elementwise import Norm
 from prefdistill.native.library import library_for
@@ -29,7 +30,7 @@ def lighten_norms(backbone: nn.Module) -> int:
         norms = [child for child in layer.children() if type(child).__name__.endswith("RMSNorm")]
         if len(norms) == 2 and all(_is_formula(norm) for norm in norms):
             for norm in norms:
-                norm.forward = types.MethodType(_forward, norm)
+                norm.forward = partial(_forward, norm)  # no method: those are pickled by their name in the class
                 found += 1
     return found
 
@@ -75,6 +76,7 @@ class _RMSNorm(torch.autograd.Function):
         return (h * scale).mul_(weight).to(out)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
         to_x, to_weight = ctx.needs_input_grad[:2]

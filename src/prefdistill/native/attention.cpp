@@ -112,6 +112,7 @@ void forward_block(const Work<half>& w, const Block& b, int64_t group, ForwardRo
 struct BackwardRoom {
     Room<half> k_columns, v_columns, k_rows, q, grad, q_across, grad_across, p_pairs, ds_pairs, ds;
     Room<float> scores, dp, dq, dk, dv, lse, delta;
+    Room<int64_t> limits;
     BackwardRoom(int64_t m, int64_t d, int64_t share)
         : k_columns(KEYS * d),
           v_columns(KEYS * d),
@@ -129,7 +130,8 @@ struct BackwardRoom {
           dk(d * (KEYS + 16)),
           dv(d * (KEYS + 16)),
           lse(share * m),
-          delta(share * m) {}
+          delta(share * m),
+          limits(m / ROWS + 1) {}
 };
 
 // Adds the transpose of x [d, n] to the keys' places in `sums` [tokens, groups, d].
@@ -180,12 +182,11 @@ void backward_block(const Work<half>& w, const Block& b, int64_t group, Backward
         }
     }
     std::memset(room.dq, 0, w.share * part * sizeof(float));
-    std::vector<int64_t> limits;
-    for (int64_t r = 0; r < m; r += ROWS) limits.push_back(limit_of(b, s, r, ROWS));
+    for (int64_t r = 0; r < m; r += ROWS) room.limits[r / ROWS] = limit_of(b, s, r, ROWS);
     for (int64_t from = 0; from < s.padded; from += KEYS) {
         const int64_t n = s.padded - from < KEYS ? s.padded - from : KEYS;
         int64_t first = 0;  // query that sees one of these keys
-        while (first < m && limits[first / ROWS] <= from) first += ROWS;
+        while (first < m && room.limits[first / ROWS] <= from) first += ROWS;
         if (first >= m) continue;
         pack_columns(n, d, keys_of(w.k, b, s, group, from), room.k_columns);
         pack_columns(n, d, keys_of(w.v, b, s, group, from), room.v_columns);
@@ -251,6 +252,6 @@ struct Backward {
 
 }  // namespace
 
-extern "C" void prefdistill_forward_half(const Work<half>* work) { forward<Forward>(*work); }
-extern "C" void prefdistill_backward_half(const Work<half>* work) { backward<Backward>(*work); }
+extern "C" int32_t prefdistill_forward_half(const Work<half>* work) { return forward<Forward>(*work); }
+extern "C" int32_t prefdistill_backward_half(const Work<half>* work) { return backward<Backward>(*work); }
 #endif

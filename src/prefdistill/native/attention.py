@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from prefdistill.native.library import Library
 
@@ -57,13 +58,12 @@ def attend(library: Library, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[B
     """softmax(scale q k') v: [tokens, heads, d] from q [tokens, heads, d] and k, v [tokens, key heads, d].
 
     Raises:
-        ValueError: the blocks are another row's, or the heads cannot share the key heads.
+        ValueError: the blocks are another row's, or there are none, or the heads cannot share the key heads.
+        MemoryError: there is no memory for what threads work in.
     """
-    if max(b.stop for b in blocks) != len(q) or len(q) != len(k) or q.shape[1] % k.shape[1]:
-        raise ValueError(
-            f"blocks of {max(b.stop for b in blocks)} tokens do not fit queries {tuple(q.shape)} and keys "
-            f"{tuple(k.shape)}"
-        )
+    tokens = max((b.stop for b in blocks), default=0)
+    if tokens == 0 or tokens != len(q) or len(q) != len(k) or q.shape[1] % k.shape[1]:
+        raise ValueError(f"blocks of {tokens} tokens do not fit queries {tuple(q.shape)} and keys {tuple(k.shape)}")
     out: Tensor = _Attention.apply(*(_rows(x) for x in (q, k, v)), library, blocks, scale)
     return out
 
@@ -88,6 +88,13 @@ def _work(library: Library, blocks: Sequence[Block], scale: float, kept: Tensor,
     return work
 
 
+def _run(library: Library, name: str, work: _Work, dtype: torch.dtype) -> None:
+    if library.function(name, dtype)(ctypes.byref(work)):
+        raise MemoryError(
+            f"no memory for attention over {work.tokens} tokens by {work.threads} threads: take fewer of either"
+        )
+
+
 def _rows(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 else x.contiguous()
 
@@ -101,16 +108,17 @@ class _Attention(torch.autograd.Function):
     ) -> Any:
         out = q.new_empty(q.shape)
         kept = q.new_empty((*q.shape[:2], 2), dtype=torch.float32)
-        library.function("forward", q.dtype)(ctypes.byref(_work(library, blocks, scale, kept, q=q, k=k, v=v, out=out)))
+        _run(library, "forward", _work(library, blocks, scale, kept, q=q, k=k, v=v, out=out), q.dtype)
         ctx.save_for_backward(q, k, v, out, kept)
         ctx.given = library, blocks, scale
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, kept = ctx.saved_tensors
         library, blocks, scale = ctx.given
         dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
         heads = {"q": q, "k": k, "v": v, "out": out, "grad": _rows(grad), "dq": dq, "dk": dk, "dv": dv}
-        library.function("backward", q.dtype)(ctypes.byref(_work(library, blocks, scale, kept, **heads)))
+        _run(library, "backward", _work(library, blocks, scale, kept, **heads), q.dtype)
         return dq, dk, dv, None, None, None

@@ -8,7 +8,8 @@
 namespace {
 
 constexpr int64_t ROWS = 24;  // queries at a time
-constexpr int64_t KEYS = 48;  // at a time in the backward pass
+constexpr int64_t KEYS = WIDTH == 16 ? 64 : 48;  // at a time in the backward pass
+static_assert(KEYS % PANEL == 0 && 32 % PANEL == 0, "keys are packed by panels, and padded to 32");
 
 // Adds query `row`'s bias to its scores x of keys [from, to); -inf beyond the last key.
 void hide(float* x, const Block& b, const Shape& s, int64_t row, int64_t from, int64_t to) {
@@ -73,6 +74,7 @@ struct Backward {
     const Work<float>& w;
     Flush flush;
     Room<float> k_columns, v_columns, k_rows, q_rows, grad_rows, p, ds, dq, delta;
+    Room<int64_t> limits;
     explicit Backward(const Work<float>& w) : Backward(w, most(w, [](const Shape& s) { return s.queries; })) {}
     Backward(const Work<float>& w, int64_t m)
         : w(w),
@@ -84,7 +86,8 @@ struct Backward {
           p(m * LD),
           ds(m * LD),
           dq(w.share * m * w.d),
-          delta(w.share * m) {}
+          delta(w.share * m),
+          limits(m / ROWS + 1) {}
 
     void operator()(const Block& b, int64_t group, float* dk, float* dv) {
         const Shape s(b);
@@ -103,8 +106,7 @@ struct Backward {
             }
         }
         std::memset(dq, 0, w.share * part * sizeof(float));
-        std::vector<int64_t> limits;
-        for (int64_t r = 0; r < m; r += ROWS) limits.push_back(limit_of(b, s, r, ROWS));
+        for (int64_t r = 0; r < m; r += ROWS) limits[r / ROWS] = limit_of(b, s, r, ROWS);
         for (int64_t from = 0; from < s.padded; from += KEYS) {
             const int64_t n = std::min(KEYS, s.padded - from);
             int64_t first = 0;  // query that sees one of these keys
@@ -165,6 +167,6 @@ struct Backward {
 
 }  // namespace
 
-extern "C" void prefdistill_forward_float(const Work<float>* work) { forward<Forward>(*work); }
-extern "C" void prefdistill_backward_float(const Work<float>* work) { backward<Backward>(*work); }
+extern "C" int32_t prefdistill_forward_float(const Work<float>* work) { return forward<Forward>(*work); }
+extern "C" int32_t prefdistill_backward_float(const Work<float>* work) { return backward<Backward>(*work); }
 #endif

@@ -5,8 +5,10 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <new>
 #include <vector>
 
@@ -116,27 +118,51 @@ std::vector<std::vector<std::vector<int64_t>>> lanes_of(const Work<T>& w, int64_
     return trees;
 }
 
+constexpr int32_t DONE = 0, NO_MEMORY = 1;  // what a function of the library returns
+
+// What a thread works with, or null where memory falls short: nothing may be thrown out of a parallel region.
+template <class Part, class T>
+std::unique_ptr<Part> part_of(const Work<T>& w, std::atomic<bool>& lacking) {
+    try {
+        return std::make_unique<Part>(w);
+    } catch (const std::bad_alloc&) {
+        lacking = true;
+        return nullptr;
+    }
+}
+
 // Every block and key head once; a thread makes a Part of its own, which takes a block and a head.
 template <class Part, class T>
-void forward(const Work<T>& w) {
+int32_t forward(const Work<T>& w) {
+    std::atomic<bool> lacking{false};
 #pragma omp parallel num_threads(w.threads)
     {
-        Part part(w);
+        const auto part = part_of<Part>(w, lacking);
+#pragma omp barrier
+        if (!lacking) {
 #pragma omp for schedule(dynamic) collapse(2)
-        for (int64_t i = 0; i < w.n; i++)
-            for (int64_t group = 0; group < w.groups; group++) part(w.blocks[i], group);
+            for (int64_t i = 0; i < w.n; i++)
+                for (int64_t group = 0; group < w.groups; group++) (*part)(w.blocks[i], group);
+        }
     }
+    return lacking ? NO_MEMORY : DONE;
 }
 
 // The same, with float32 sums [tokens, key heads, d] of the keys' and values' gradients that a Part adds to, and
 // Part::put, which rounds 16 of them into their place.
 template <class Part, class T>
-void backward(const Work<T>& w) {
+int32_t backward(const Work<T>& w) try {
     const int64_t size = w.tokens * w.groups * w.d;
-    int64_t trees = 0;
-    for (int64_t i = 0; i < w.n; i++) trees += i == 0 || w.blocks[i].first != w.blocks[i - 1].first;
+    int64_t trees = 0, blocks = 0, longest = 0;  // longest: the most blocks of a tree
+    for (int64_t i = 0; i < w.n; i++) {
+        const bool starts = i == 0 || w.blocks[i].first != w.blocks[i - 1].first;
+        trees += starts;
+        blocks = starts ? 1 : blocks + 1;
+        longest = std::max(longest, blocks);
+    }
     int64_t lanes = (4 * w.threads + trees * w.groups - 1) / (trees * w.groups);
-    if (w.threads == 1) lanes = 1;
+    lanes = w.threads == 1 ? 1 : std::min(lanes, longest);  // each lane is a copy of all sums
+    std::atomic<bool> lacking{false};
     const auto shared = lanes_of(w, lanes);
     Room<float> dk(lanes * size), dv(lanes * size);
     const auto finish = [&](const float* sums, const Heads<T>& to, int64_t t, int64_t group, int64_t j) {
@@ -151,25 +177,32 @@ void backward(const Work<T>& w) {
     };
 #pragma omp parallel num_threads(w.threads)
     {
-        Part part(w);
+        const auto part = part_of<Part>(w, lacking);
+#pragma omp barrier
+        if (!lacking) {
 #pragma omp for schedule(static)
-        for (int64_t t = 0; t < lanes * w.tokens; t++) {
-            std::memset(dk + t * w.groups * w.d, 0, w.groups * w.d * sizeof(float));
-            std::memset(dv + t * w.groups * w.d, 0, w.groups * w.d * sizeof(float));
-        }
+            for (int64_t t = 0; t < lanes * w.tokens; t++) {
+                std::memset(dk + t * w.groups * w.d, 0, w.groups * w.d * sizeof(float));
+                std::memset(dv + t * w.groups * w.d, 0, w.groups * w.d * sizeof(float));
+            }
 #pragma omp for schedule(dynamic) collapse(3)
-        for (int64_t tree = 0; tree < trees; tree++)
-            for (int64_t lane = 0; lane < lanes; lane++)
-                for (int64_t group = 0; group < w.groups; group++)
-                    for (int64_t i : shared[tree][lane]) part(w.blocks[i], group, dk + lane * size, dv + lane * size);
+            for (int64_t tree = 0; tree < trees; tree++)
+                for (int64_t lane = 0; lane < lanes; lane++)
+                    for (int64_t group = 0; group < w.groups; group++)
+                        for (int64_t i : shared[tree][lane])
+                            (*part)(w.blocks[i], group, dk + lane * size, dv + lane * size);
 #pragma omp for schedule(static)
-        for (int64_t t = 0; t < w.tokens; t++)
-            for (int64_t group = 0; group < w.groups; group++)
-                for (int64_t j = 0; j < w.d; j += 16) {
-                    finish(dk, w.dk, t, group, j);
-                    finish(dv, w.dv, t, group, j);
-                }
+            for (int64_t t = 0; t < w.tokens; t++)
+                for (int64_t group = 0; group < w.groups; group++)
+                    for (int64_t j = 0; j < w.d; j += 16) {
+                        finish(dk, w.dk, t, group, j);
+                        finish(dv, w.dv, t, group, j);
+                    }
+        }
     }
+    return lacking ? NO_MEMORY : DONE;
+} catch (const std::bad_alloc&) {
+    return NO_MEMORY;
 }
 
 }  // namespace

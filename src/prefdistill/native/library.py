@@ -14,7 +14,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from prefdistill.seals import sealed_file, sealed_files
 
 logger = logging.getLogger(__name__)
 
@@ -75,14 +76,7 @@ def library() -> Library | None:
         logger.info("%s: %s", NOTHING, lacking)
         return None
     try:
-        file = _file(cxx)
-        if not file.exists():
-            _compile(cxx, file)
-        try:
-            handle = ctypes.CDLL(str(file))
-        except OSError:  # a damaged file in the cache
-            _compile(cxx, file)
-            handle = ctypes.CDLL(str(file))
+        handle = ctypes.CDLL(str(_compiled(cxx)))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: who runs this has no home
         said = getattr(error, "stderr", None) or str(error)
         logger.warning("%s, which is slower: %s", NOTHING, said.strip()[-500:])
@@ -110,9 +104,28 @@ def _say_lacking(dtype: torch.dtype) -> None:
     logger.info("%s in %s: it has no products of that", NOTHING, str(dtype).removeprefix("torch."))
 
 
+def _compiled(cxx: str) -> Path:
+    """The library's file: one that is kept whole, or a new one."""
+    file = _file(cxx)
+
+    def kept() -> list[Path]:
+        # A part of a library would end the process that loads it, not raise.
+        return sealed_files(file.parent, file.stem, file.suffix)
+
+    if not kept():
+        with sealed_file(file) as part:  # others may compile at the same time
+            _run([cxx, *FLAGS, "-o", str(part), *map(str, _sources("*.cpp"))])
+    return kept()[0]
+
+
+def _run(command: list[str]) -> str:
+    run = {"check": True, "capture_output": True, "text": True, "errors": "replace", "timeout": PATIENCE}
+    return str(subprocess.run(command, **run).stdout)  # type: ignore[call-overload]
+
+
 def _file(cxx: str) -> Path:
-    """Where the library is kept; the name tells source, compiler, flags and CPU apart."""
-    version = subprocess.run([cxx, "--version"], check=True, capture_output=True, text=True).stdout
+    """Where the library is kept, but for the checksum; the name tells source, compiler, flags and CPU apart."""
+    version = _run([cxx, "--version"])
     known = "\0".join([*(f.read_text(encoding="utf-8") for f in _sources("*")), cxx, version, *FLAGS, _cpu()])
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prefdistill"
     return home / f"native-{hashlib.sha256(known.encode()).hexdigest()[:16]}.so"
@@ -120,15 +133,6 @@ def _file(cxx: str) -> Path:
 
 def _sources(pattern: str) -> list[Path]:
     return sorted(f for f in FOLDER.glob(pattern) if f.suffix in (".cpp", ".h"))
-
-
-def _compile(cxx: str, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        made = Path(folder) / file.name
-        command = [cxx, *FLAGS, "-o", str(made), *map(str, _sources("*.cpp"))]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE)
-        made.replace(file)  # whole or not at all: others may compile at the same time
 
 
 def _cpu() -> str:
