@@ -262,3 +262,33 @@ def test_the_judge_learns_from_pairs_of_its_own(ran, model_folder):  # noqa: F81
     assert (facts["pairs"], member["pairs"]) == (counts["judge"], counts["train"])
     own = list(groups.of("judge"))
     assert np.logaddexp(0, -margins(rewards_of(run.judge_path, own), own)).mean() < log(2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "steps"),
+    [("{}", 12), ("{gradient_accumulation_steps: 3}", 4), ("{max_steps: 6}", 6), ("{warmup_steps: 12}", 12)],
+)
+def test_the_learning_rate_rises_over_its_share_of_the_steps(arguments, steps, model_folder, tmp_path):  # noqa: F811
+    with (tmp_path / "pairs.jsonl").open("w") as file:
+        for i in range(24):
+            file.write(json.dumps({"prompt": f"{i} is", "chosen": " one", "rejected": " two", "split": "train"}) + "\n")
+        file.write(json.dumps({"prompt": "It is", "chosen": " one", "rejected": " two", "split": "test"}) + "\n")
+    options = {"batch_prompts": 4, "epochs": 2, "learning_rate": 1e-3, "logging_steps": 1, "warmup_fraction": 0.5}
+    config = small(
+        tmp_path / "pairs.jsonl",
+        model_folder,
+        tmp_path / "run",
+        methods="[dpo]",
+        **{f"distill.{name}": value for name, value in options.items()},
+        **{"distill.training_arguments": arguments, "evaluate.judge": f"{__name__}:by_length"},
+    )
+    pipeline.run(config, until="distill")
+    history = json.loads((tmp_path / "run" / "policy" / "dpo" / "history.json").read_text())
+    rates = [line["learning_rate"] for line in history]
+    assert len(rates) == steps
+    rise = steps if "warmup_steps" in arguments else steps // 2
+    np.testing.assert_allclose(rates[: rise + 1], [1e-3 * k / rise for k in range(min(steps, rise + 1))], rtol=1e-6)
+
+
+def by_length(rows, responses):
+    return [float(len(text)) for text in responses]

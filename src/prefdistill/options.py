@@ -184,7 +184,8 @@ class DistillOptions:
         save_steps: steps between checkpoints, from which a stopped run goes on.
         checkpoints: how many evenly spaced checkpoints are compared by the judge on the validation prompts; the best of
             them is the policy. 1: the last step is.
-        training_arguments: anything else of transformers.TrainingArguments, by name.
+        training_arguments: anything else of transformers.TrainingArguments, by name; {gradient_accumulation_steps: 4}
+            makes a step of four batches, the mean of their means, in the memory of one.
         per_method: options of this section that differ for a method, e.g. {dpo: {learning_rate: 2.0e-4}}: what suits
             one loss can ruin another. A name of your own with `method` is a further row, to be named in methods:
             {dpo-mild: {method: dpo, beta: 0.5}}.

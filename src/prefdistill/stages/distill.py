@@ -77,8 +77,7 @@ def _from_reference(run: Run, group: PromptGroup) -> list[int]:
 def arguments_of(run: Run, method: str, work: Path, policy: Any, examples: Sequence[DistillExample]) -> DistillConfig:
     """How a method's policy is trained, with checkpoints in `work`."""
     options = run.config.distill.of(method)
-    steps = max(1, round(options.epochs * len(examples) / options.batch_prompts))
-    return DistillConfig(
+    arguments = DistillConfig(
         **run.training_arguments(
             work,
             policy,
@@ -95,12 +94,18 @@ def arguments_of(run: Run, method: str, work: Path, policy: Any, examples: Seque
             num_train_epochs=options.epochs,
             per_device_train_batch_size=options.batch_prompts,
             learning_rate=options.learning_rate or (1e-4 if options.lora_rank > 0 else 1e-5),
-            warmup_steps=round(options.warmup_fraction * steps),
             logging_steps=options.logging_steps,
             save_steps=options.save_steps,
         )
         | options.training_arguments
     )
+    if "warmup_steps" not in options.training_arguments:
+        a_step = options.batch_prompts * arguments.gradient_accumulation_steps
+        steps = arguments.max_steps
+        if steps <= 0:
+            steps = max(1, round(arguments.num_train_epochs * len(examples) / a_step))
+        arguments.warmup_steps = round(options.warmup_fraction * steps)
+    return arguments
 
 
 def _select(run: Run, method: str, work: Path, steps: int) -> dict[str, Any]:
