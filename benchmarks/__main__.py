@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 
 from benchmarks.growth import growth
-from benchmarks.rows import ROWS, Sizes
+from benchmarks.rows import ROWS, Sizes, flops_once
 from benchmarks.shapes import SIZES, config_of, device
 from benchmarks.table import markdown, picture, reached
 from benchmarks.trials import PRECISIONS, at_all_work, by_speed, trials
@@ -95,8 +96,10 @@ def asked_of(names: list[str], texts: str | None) -> set[str]:
     Raises:
         SystemExit: no name holds a text.
     """
-    found = set(names) if texts is None else set()
-    for text in texts.split("|") if texts is not None else ():
+    if texts is None:
+        return set(names)
+    found: set[str] = set()
+    for text in texts.split("|"):
         held = {name for name in names if text in name}
         if not held:
             raise SystemExit(f"--rows: no row's name holds {text!r}; rows are {'; '.join(names)}")
@@ -156,8 +159,6 @@ def remarks_of(folder: Path, results: dict[str, Any]) -> str:
 
 def _measure(row: Any, sizes: Any, options: Any) -> dict[str, Any]:
     """Tries a row's sides, then lets ours and the fastest peer take their steps in turn."""
-    from benchmarks.rows import flops_once
-
     tried = {side: trials(row, side, sizes, options.precision) for side in row.sides}
     fastest = {side: min(found, key=lambda p: found[p]) for side, found in tried.items()}
     peers = {s: (p, tried[s][p]) for s, p in fastest.items() if s != "ours"}
@@ -239,21 +240,16 @@ def _in_turn(row: Any, sides: dict[str, str], sizes: Any, options: Any) -> dict[
 @lru_cache(maxsize=1)
 def _rate(model: str) -> float:
     """The best matrix product of this machine on the model's own shape and a step's tokens, FLOP/s."""
-    import torch
-
-    from benchmarks.shapes import SIZES
-
     hidden, inner = SIZES[model]["hidden_size"], SIZES[model]["intermediate_size"]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     best = math.inf
     for dtype in (torch.float32, torch.bfloat16):
-        x = torch.randn(RATE_ROWS, hidden, dtype=dtype, device=device)
-        w = torch.randn(inner, hidden, dtype=dtype, device=device)
+        x = torch.randn(RATE_ROWS, hidden, dtype=dtype, device=device())
+        w = torch.randn(inner, hidden, dtype=dtype, device=device())
         began = time.perf_counter()
         while time.perf_counter() - began < RATE_SECONDS:
             start = time.perf_counter()
             torch.nn.functional.linear(x, w)
-            if device == "cuda":
+            if device().type == "cuda":
                 torch.cuda.synchronize()
             best = min(best, time.perf_counter() - start)
     return 2 * RATE_ROWS * hidden * inner / best
@@ -271,8 +267,6 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _machine() -> dict[str, Any]:
-    import torch
-
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

@@ -87,7 +87,7 @@ def ours(
         os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # in the side's own scratch folder, which goes with it
         library.cache_clear()
     items = list(trainer.train_dataset)  # type: ignore[arg-type]
-    return stepper(trainer, [items[i : i + batch_prompts] for i in range(0, len(items), batch_prompts)])
+    return stepper(trainer, items, batch_prompts)
 
 
 def trl(
@@ -103,8 +103,7 @@ def trl(
     batch = batch_prompts * len(prompts[0].pairs)
     trainer = trl_trainer(prompts, size=size, precision=precision, batch=batch, checkpointing=checkpointing)
     rows = [dict(row) for row in trainer.train_dataset]
-    batches = [rows[i : i + batch] for i in range(0, len(rows), batch)]
-    return stepper(trainer, batches, at_once=len(prompts[0].pairs) if accumulating else None)
+    return stepper(trainer, rows, batch, at_once=len(prompts[0].pairs) if accumulating else None)
 
 
 def trl_trainer(prompts: list[Prompt], *, size: str, precision: str, batch: int, checkpointing: bool) -> Any:

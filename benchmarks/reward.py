@@ -21,7 +21,7 @@ def ours(prompts: list[Prompt], *, size: str, precision: str, batch_prompts: int
     arguments = transformers.TrainingArguments(**trainer_arguments(precision, batch_prompts))
     trainer = RewardTrainer(classifier_of(size), arguments, examples=examples)
     items = list(trainer.train_dataset)  # type: ignore[arg-type]
-    return stepper(trainer, [items[i : i + batch_prompts] for i in range(0, len(items), batch_prompts)])
+    return stepper(trainer, items, batch_prompts)
 
 
 def trl(
@@ -50,5 +50,4 @@ def trl(
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer_of(size),
         )
-    batches = [rows[i : i + batch] for i in range(0, len(rows), batch)]
-    return stepper(trainer, batches, at_once=len(prompts[0].pairs) if accumulating else None)
+    return stepper(trainer, rows, batch, at_once=len(prompts[0].pairs) if accumulating else None)

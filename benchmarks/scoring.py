@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.policy import trl_trainer
 from benchmarks.shapes import Prompt, policy_of
-from benchmarks.steps import Step
+from benchmarks.steps import Step, slices_of
 from prefdistill.scoring import Column, fill_columns, logps_forward
 
 TOKEN_BUDGET = 4096
@@ -41,7 +41,7 @@ def trl(prompts: list[Prompt], *, size: str, precision: str, batch_pairs: int) -
     """TRL's own pass, batch by batch, without its cache on disk."""
     trainer = trl_trainer(prompts, size=size, precision=precision, batch=batch_pairs, checkpointing=False)
     rows = [dict(row) for row in trainer.train_dataset]
-    batches = [rows[i : i + batch_pairs] for i in range(0, len(rows), batch_pairs)]
+    batches = slices_of(rows, batch_pairs)
 
     def step() -> float:
         total = torch.zeros(())

@@ -11,8 +11,13 @@ import torch
 Step = Callable[[], float]
 
 
-def stepper(trainer: Any, batches: Sequence[Any], *, at_once: int | None = None) -> Step:
-    """A function that takes the next step of a transformers.Trainer on these batches, in a ring; returns its loss.
+def slices_of(rows: Sequence[Any], size: int) -> list[Any]:
+    """The rows in order, `size` at a time."""
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def stepper(trainer: Any, rows: Sequence[Any], batch: int, *, at_once: int | None = None) -> Step:
+    """A function that takes the next step of a transformers.Trainer on these rows, in a ring; returns its loss.
 
     Gradients of `at_once` rows at a time are accumulated, or all of a batch's are computed at once.
 
@@ -25,14 +30,13 @@ def stepper(trainer: Any, batches: Sequence[Any], *, at_once: int | None = None)
     model, optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
     trainer.model_wrapped = model
     model.train()
+    batches = slices_of(rows, batch)
     place = 0
 
     def step() -> float:
         nonlocal place
-        batch = batches[place % len(batches)]
+        parts = slices_of(batches[place % len(batches)], at_once or batch)
         place += 1
-        size = at_once or len(batch)
-        parts = [batch[i : i + size] for i in range(0, len(batch), size)]
         trainer.current_gradient_accumulation_steps = len(parts)  # what Trainer.train sets: a part's loss is its share
         loss = sum(trainer.training_step(model, trainer.data_collator(part)) for part in parts)
         trainer.accelerator.clip_grad_norm_(model.parameters(), trainer.args.max_grad_norm)

@@ -14,7 +14,7 @@ from prefdistill.native import library
 
 HERE = Path(__file__).parent
 needs_kernel = pytest.mark.skipif(library.library() is None, reason="no compiler, or a CPU without AVX2")
-CHECKED = ("-O1", "-g", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++17", "-w", "-fsanitize=address")
+CHECKED = (*library.FLAGS, "-O1", "-g", "-fsanitize=address")
 
 
 def preloaded(cxx: str) -> dict[str, str]:

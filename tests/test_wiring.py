@@ -280,7 +280,7 @@ def test_the_learning_rate_rises_over_its_share_of_the_steps(arguments, steps, m
         tmp_path / "run",
         methods="[dpo]",
         **{f"distill.{name}": value for name, value in options.items()},
-        **{"distill.training_arguments": arguments, "evaluate.judge": f"{__name__}:by_length"},
+        **{"distill.training_arguments": arguments, "evaluate.judge": "test_select:vowels"},
     )
     pipeline.run(config, until="distill")
     history = json.loads((tmp_path / "run" / "policy" / "dpo" / "history.json").read_text())
@@ -288,7 +288,3 @@ def test_the_learning_rate_rises_over_its_share_of_the_steps(arguments, steps, m
     assert len(rates) == steps
     rise = steps if "warmup_steps" in arguments else steps // 2
     np.testing.assert_allclose(rates[: rise + 1], [1e-3 * k / rise for k in range(min(steps, rise + 1))], rtol=1e-6)
-
-
-def by_length(rows, responses):
-    return [float(len(text)) for text in responses]
