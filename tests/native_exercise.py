@@ -12,6 +12,7 @@ from prefdistill.models.attention import blocks_of
 from prefdistill.native import attention
 from prefdistill.native.elementwise import Gate, Norm
 from prefdistill.native.library import Library
+from prefdistill.native.linear import linear
 from test_attention import dense, places_of, visible
 
 SHAPES = [
@@ -62,6 +63,19 @@ def exercise(compiled: Library) -> None:
             strict=True,
         ):
             torch.testing.assert_close(one, exact, atol=2e-5, rtol=1e-4)
+    if hasattr(compiled.handle, "prefdistill_product_float"):
+        for rows, inner, outer in ((256, 16, (16,)), (257, 48, (80, 16)), (299, 1040, (32,)), (1030, 32, (48,))):
+            x, weights = drawn(rows, inner).requires_grad_(), [drawn(n, inner).requires_grad_() for n in outer]
+            grads = [drawn(rows, n) for n in outer]
+            outs = linear(compiled, x, *weights)
+            wide = [t.detach().double().requires_grad_() for t in (x, *weights)]
+            truths = [wide[0] @ w.T for w in wide[1:]]
+            for one, exact in zip(
+                (*outs, *torch.autograd.grad(outs, (x, *weights), grads)),
+                (*truths, *torch.autograd.grad(truths, wide, [g.double() for g in grads])),
+                strict=True,
+            ):
+                torch.testing.assert_close(one.double(), exact, atol=2e-4, rtol=1e-4)
 
 
 if __name__ == "__main__":

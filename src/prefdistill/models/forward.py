@@ -27,6 +27,7 @@ from prefdistill.models.attention import carrier_mask, give_back, take_over
 from prefdistill.models.backbone import backbone_of, device_of, heads_of, unwrap
 from prefdistill.models.gates import fuse_gates
 from prefdistill.models.head import Scaling, head_logps
+from prefdistill.models.linears import speed_up_linears
 from prefdistill.models.norms import lighten_norms
 from prefdistill.models.past import Past
 
@@ -54,6 +55,7 @@ class TreeModel:
         self._mask_form = "plain"
         self._own_logits = False
         fuse_gates(self.backbone)  # what the last layer leaves out is under the probe too
+        speed_up_linears(self.backbone)
         if path is None:
             self.path, self._mask_form = _probe(self)
         else:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from prefdistill.models.backbone import device_of
+from prefdistill.models.linears import together
 from prefdistill.native.elementwise import Gate
 from prefdistill.native.library import library_for
 
@@ -76,7 +77,7 @@ def _forward(self: Any, reads: Reads | None, x: Tensor) -> Any:
 
 
 def _gated(self: Any, x: Tensor) -> Any:
-    gate, up = self.gate_proj(x), self.up_proj(x)
+    gate, up = together(x, self.gate_proj, self.up_proj)
     if not torch.compiler.is_compiling() and gate.dtype == up.dtype and gate.is_cpu and up.is_cpu:
         compiled = library_for(gate.dtype)
         if compiled is not None:

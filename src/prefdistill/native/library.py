@@ -40,11 +40,13 @@ class Library:
     Attributes:
         names: what its functions for a type are called after.
         tiles: whether it may use AMX.
+        multiplies: whether its products of float32 matrices are faster than PyTorch's.
     """
 
     handle: Any
     names: Mapping[torch.dtype, str]
     tiles: bool
+    multiplies: bool = False
 
     def function(self, name: str, dtype: torch.dtype) -> Any:
         """A function of the library for numbers of a type that it serves."""
@@ -87,7 +89,8 @@ def library() -> Library | None:
         return None
     most = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
     tiles = level == 3 and (most in ("DEFAULT", "ALL") or "AMX" in most)
-    return Library(handle, NAMES if level > 1 else {torch.float32: NAMES[torch.float32]}, tiles)
+    multiplies = hasattr(handle, "prefdistill_multiplies") and bool(handle.prefdistill_multiplies())
+    return Library(handle, NAMES if level > 1 else {torch.float32: NAMES[torch.float32]}, tiles, multiplies)
 
 
 def library_for(dtype: torch.dtype) -> Library | None:

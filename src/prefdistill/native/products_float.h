@@ -9,6 +9,23 @@ namespace {
 constexpr int64_t PANEL = 2 * WIDTH;
 constexpr int PIECE = WIDTH == 16 ? 12 : 6;  // rows whose sums fit into the registers
 
+// Eight rows x of eight numbers as eight columns y; x is written over.
+inline void turn(__m256* x, __m256* y) {
+    for (int i = 0; i < 8; i += 2) {
+        y[i] = _mm256_unpacklo_ps(x[i], x[i + 1]);
+        y[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) {
+            x[i + 2 * j] = _mm256_shuffle_ps(y[i + j], y[i + 2 + j], 0x44);
+            x[i + 2 * j + 1] = _mm256_shuffle_ps(y[i + j], y[i + 2 + j], 0xee);
+        }
+    for (int i = 0; i < 4; i++) {
+        y[i] = _mm256_permute2f128_ps(x[i], x[4 + i], 0x20);
+        y[4 + i] = _mm256_permute2f128_ps(x[i], x[4 + i], 0x31);
+    }
+}
+
 // Rows of x as columns of a right side. `row` gives a row, or null for zeros; rows in multiples of PANEL, d of 8.
 template <class Row>
 void pack_columns(int64_t rows, int64_t d, Row row, float* to) {
@@ -20,19 +37,8 @@ void pack_columns(int64_t rows, int64_t d, Row row, float* to) {
         for (int64_t c = 0; c < d; c += 8) {
             __m256 r[8], t[8];
             for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(from[i] ? from[i] + c : none);
-            for (int i = 0; i < 8; i += 2) {
-                t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
-                t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
-            }
-            for (int i = 0; i < 8; i += 4)
-                for (int j = 0; j < 2; j++) {
-                    r[i + 2 * j] = _mm256_shuffle_ps(t[i + j], t[i + 2 + j], 0x44);
-                    r[i + 2 * j + 1] = _mm256_shuffle_ps(t[i + j], t[i + 2 + j], 0xee);
-                }
-            for (int i = 0; i < 4; i++) {
-                _mm256_storeu_ps(panel + (c + i) * PANEL, _mm256_permute2f128_ps(r[i], r[4 + i], 0x20));
-                _mm256_storeu_ps(panel + (c + 4 + i) * PANEL, _mm256_permute2f128_ps(r[i], r[4 + i], 0x31));
-            }
+            turn(r, t);
+            for (int i = 0; i < 8; i++) _mm256_storeu_ps(panel + (c + i) * PANEL, t[i]);
         }
     }
 }
