@@ -26,7 +26,7 @@ from benchmarks.growth import growth
 from benchmarks.rows import ROWS, Sizes, flops_once
 from benchmarks.shapes import SIZES, config_of, device
 from benchmarks.table import markdown, picture, reached
-from benchmarks.trials import PRECISIONS, at_all_work, by_speed, trials
+from benchmarks.trials import PRECISIONS, at_all_work, by_speed, groups_of, trials
 from benchmarks.worker import Fallen, serve, worker
 from prefdistill.models.precision import choose_precision
 from prefdistill.report.canvas import svg_of
@@ -158,21 +158,22 @@ def remarks_of(folder: Path, results: dict[str, Any]) -> str:
 
 
 def _measure(row: Any, sizes: Any, options: Any) -> dict[str, Any]:
-    """Tries a row's sides, then lets ours and the fastest peer take their steps in turn."""
+    """Tries sides alone, then lets ours and the fastest peers take turns; of these the faster one counts."""
     tried = {side: trials(row, side, sizes, options.precision) for side in row.sides}
     fastest = {side: min(found, key=lambda p: found[p]) for side, found in tried.items()}
     peers = {s: (p, tried[s][p]) for s, p in fastest.items() if s != "ours"}
     again = at_all_work(row, peers, sizes)
-    for peer in by_speed(peers, again):
+    for group in groups_of(by_speed(peers, again), again):
         try:
-            taken = _in_turn(row, {"ours": fastest["ours"], peer: fastest[peer]}, sizes, options)
+            taken = _in_turn(row, {side: fastest[side] for side in ("ours", *group)}, sizes, options)
             break
         except Fallen:
-            print(f"{row.name}: {peer} does not fit into memory beside ours", flush=True)
+            print(f"{row.name}: {' and '.join(group)} do not fit into memory beside ours", flush=True)
     else:
         raise SystemExit(f"{row.name}: no peer fits into memory beside ours; give a smaller --batch-prompts")
-    mine, theirs = taken["ours"], taken[peer]
-    ours, other = ((sum if row.steps else statistics.median)(side.seconds) for side in (mine, theirs))
+    seconds = {side: (sum if row.steps else statistics.median)(of.seconds) for side, of in taken.items()}
+    peer = min(group, key=lambda side: seconds[side])
+    mine, theirs, ours, other = taken["ours"], taken[peer], seconds["ours"], seconds[peer]
     if row.drawn:  # random weights end responses before they are full
         samples = sum(len(p.responses) for p in row.prompts(sizes))
         sizes = replace(sizes, response_tokens=round(statistics.mean(mine.returned) / samples))
@@ -189,10 +190,10 @@ def _measure(row: Any, sizes: Any, options: Any) -> dict[str, Any]:
         "target": row.target,
         "at_most": row.at_most,
         "precision": {"ours": fastest["ours"], "peer": fastest[peer]},
-        "seconds": {"ours": mine.seconds, peer: theirs.seconds},
+        "seconds": {side: of.seconds for side, of in taken.items()},
         "trials": {side: _finite(of) for side, of in tried.items()},
         "trials_of_all_work": _finite(again),
-        "losses_differ_by": max(map(_apart, mine.returned, theirs.returned)) if row.equal else None,
+        "losses_differ_by": _most_apart(mine, [taken[side] for side in group]) if row.equal else None,
         "memory": {"ours": mine.peak, "peer": theirs.peak, "ratio": theirs.peak / mine.peak},
         "memory_target": row.memory_target,
         "utilisation": times
@@ -208,11 +209,6 @@ def _finite(seconds: dict[str, float]) -> dict[str, float | None]:
     return {of: took if math.isfinite(took) else None for of, took in seconds.items()}
 
 
-def _apart(one: float, other: float) -> float:
-    """How far two losses are from each other, relative to the larger one."""
-    return abs(one - other) / max(abs(one), abs(other), 1e-30)
-
-
 @dataclass
 class _Taken:
     """What a side's steps took and returned, all of these, and the most gigabytes that it held."""
@@ -220,6 +216,12 @@ class _Taken:
     seconds: list[float] = field(default_factory=list)
     returned: list[float] = field(default_factory=list)
     peak: float = 0.0
+
+
+def _most_apart(mine: _Taken, others: list[_Taken]) -> float:
+    """How far a step's losses are from each other at most, relative to the larger one."""
+    pairs = [pair for other in others for pair in zip(mine.returned, other.returned, strict=True)]
+    return max(abs(one - other) / max(abs(one), abs(other), 1e-30) for one, other in pairs)
 
 
 def _in_turn(row: Any, sides: dict[str, str], sizes: Any, options: Any) -> dict[str, _Taken]:

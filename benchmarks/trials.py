@@ -13,6 +13,7 @@ from benchmarks.worker import Fallen, worker
 PRECISIONS = ("float32", "bfloat16")
 TRIAL_STEPS = 3
 PATIENCE = 100.0  # seconds of a trial's steps after which no other is begun
+NEAR = 1.2  # times the fastest peer's seconds at all of the work: alone, the order can be another than in turn
 CLOSE = 1.3  # times the fastest peer's seconds in a trial of less work: the order can be another at all of it
 
 
@@ -51,3 +52,17 @@ def at_all_work(row: Any, tried: Mapping[str, tuple[str, float]], sizes: Any) ->
 def by_speed(tried: Mapping[str, tuple[str, float]], again: Mapping[str, float]) -> list[str]:
     """Peers, the fastest first: those tried at all of the work before the others."""
     return sorted(tried, key=lambda s: (s not in again, again.get(s, tried[s][1])))
+
+
+def groups_of(order: list[str], again: Mapping[str, float]) -> list[list[str]]:
+    """Which peers are to take their steps in turn with ours: the first two where they are near, else one at a time.
+
+    Those that come later are for where memory does not hold the ones before.
+
+    Args:
+        order: the peers, the fastest first.
+        again: their seconds at all of the work, where they were tried at it.
+    """
+    alone = [[peer] for peer in order]
+    near = len(order) > 1 and order[1] in again and again[order[1]] <= NEAR * again[order[0]]
+    return [order[:2], *alone] if near else alone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import subprocess
@@ -13,11 +14,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import benchmarks.__main__ as main  # noqa: E402
 from benchmarks import members, policy, reward, sampling, scoring, shapes, trials  # noqa: E402
 from benchmarks.__main__ import asked_of, earlier_of, remarks_of  # noqa: E402
 from benchmarks.rows import ROWS, Sizes, flops_once  # noqa: E402
 from benchmarks.shapes import policy_of, prompts_of  # noqa: E402
 from benchmarks.table import markdown, picture  # noqa: E402
+from benchmarks.worker import Fallen  # noqa: E402
 
 from prefdistill.report.canvas import svg_of  # noqa: E402
 
@@ -195,6 +198,40 @@ def test_peers_that_less_work_hardly_tells_apart_are_tried_at_all_of_it(name, mo
     told_apart = {**less, "plain": ("float32", 20.0)}
     assert trials.at_all_work(row, told_apart, Sizes()) == {}
     assert trials.by_speed(told_apart, {}) == ["checkpointing", "plain", "slow"]
+
+
+def test_peers_that_are_near_take_their_steps_in_turn_and_the_faster_there_counts(monkeypatch):
+    order = ["a", "b", "c"]
+    assert trials.groups_of(order, {"a": 36.0, "b": 39.0, "c": 39.5}) == [["a", "b"], ["a"], ["b"], ["c"]]
+    assert trials.groups_of(order, {"a": 36.0, "b": 49.0}) == [["a"], ["b"], ["c"]]
+    assert trials.groups_of(order, {}) == [["a"], ["b"], ["c"]]
+    assert trials.groups_of(["a"], {"a": 36.0}) == [["a"]]
+
+    row = next(r for r in ROWS if r.name == "policy step, unique prompts")
+    plain, other, third, fourth = [side for side in row.sides if side != "ours"]
+    alone = {"ours": 1.0, plain: 9.0, other: 9.1, third: 20.0, fourth: 21.0}
+    asked = []
+
+    def in_turn(_row, sides, *_):
+        asked.append(list(sides))
+        if len(sides) == 3 and lacking:
+            raise Fallen
+        took = {"ours": [2.0, 3.0], plain: [12.0, 14.0], other: [8.0, 11.0]}
+        return {side: main._Taken(took[side], [0.5, 0.25], 1.0) for side in sides}
+
+    monkeypatch.setattr(main, "trials", lambda _row, side, *_: {"float32": alone[side]})
+    monkeypatch.setattr(main, "at_all_work", lambda *_: {plain: 36.0, other: 39.0})
+    monkeypatch.setattr(main, "_in_turn", in_turn)
+    monkeypatch.setattr(main, "_rate", lambda _: 1e9)
+    options = argparse.Namespace(precision="float32")
+    lacking = False
+    found = main._measure(row, Sizes("tiny", 20, 7, 2), options)
+    assert found["peer_is"].endswith(f"({other})")
+    assert (found["ours"], found["peer"], found["ratio"]) == (2.5, 9.5, 3.8)
+    assert found["seconds"][plain] == [12.0, 14.0]
+    lacking = True
+    assert main._measure(row, Sizes("tiny", 20, 7, 2), options)["ratio"] == 13.0 / 2.5
+    assert asked == [["ours", plain, other], ["ours", plain, other], ["ours", plain]]
 
 
 @pytest.mark.parametrize(
