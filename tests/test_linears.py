@@ -11,9 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from prefdistill.data.tree import Tree
 from prefdistill.models import linears
+from prefdistill.models.compiled import compile_layers
 from prefdistill.models.forward import TreeModel
 from prefdistill.models.linears import speed_up_linears, together
 from prefdistill.native import library as native
@@ -126,6 +128,37 @@ def test_what_is_not_a_number_stays_in_its_row():
     assert torch.isfinite(out[[i for i in range(len(out)) if i not in (5, len(out) - 1)]]).all()
 
 
+def test_only_what_the_gradients_need_is_kept():
+    def kept(x, w):
+        found = []
+
+        def pack(t):
+            found.append(t.data_ptr())
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            linear(COMPILED, x, w)
+        return found
+
+    x, w = drawn(ROWS, 16), drawn(16, 16, seed=1)
+    asked_x, asked_w = x.clone().requires_grad_(), w.clone().requires_grad_()
+    assert kept(asked_x, w) == [w.data_ptr()], "as PyTorch: the states of a frozen weight can go"
+    assert kept(x, asked_w) == [x.data_ptr()]
+    assert kept(asked_x, asked_w) == [asked_x.data_ptr(), asked_w.data_ptr()]
+
+
+def test_gradients_have_their_weights_type_whatever_the_default_is():
+    x, w = drawn(ROWS, 16), drawn(16, 16, seed=1).requires_grad_()
+    (out,) = linear(COMPILED, x, w)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        (grad,) = torch.autograd.grad(out.sum(), w)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert grad.dtype == torch.float32
+    agrees(grad, x.double().sum(0).expand(16, 16), ROWS)
+
+
 def test_second_derivatives_are_refused():
     x, w = drawn(ROWS, 16).requires_grad_(), drawn(16, 16, seed=1)
     (grad,) = torch.autograd.grad(linear(COMPILED, x, w)[0].square().sum(), x, create_graph=True)
@@ -145,6 +178,9 @@ def test_second_derivatives_are_refused():
         (drawn(ROWS, 32), torch.empty(16, 32, device="meta")),
         (drawn(0, 32), drawn(16, 32)),
         (drawn(ROWS, 0), drawn(16, 0)),
+        (drawn(ROWS, 32), drawn(0, 32)),
+        (drawn(ROWS, 32), drawn(0)),  # of a shard
+        (drawn(ROWS, 32), TwoTensor(drawn(16, 32), drawn(16, 32))),  # holds numbers elsewhere
     ],
 )
 def test_what_is_not_served(x, w):
@@ -246,6 +282,24 @@ def test_a_cpu_whose_own_products_are_as_fast_keeps_them(monkeypatch):
     assert speed_up_linears(model.get_decoder()) == 0
     monkeypatch.setattr(linears, "library", lambda: None)
     assert speed_up_linears(model.get_decoder()) == 0
+
+
+def test_a_pickle_read_where_nothing_is_compiled_goes_by_pytorch(served, counted, monkeypatch):
+    model, ids = model_of()
+    truth = model(input_ids=ids).logits
+    speed_up_linears(model.get_decoder())
+    for found in (None, replace(COMPILED, multiplies=False)):
+        monkeypatch.setattr(linears, "library", lambda found=found: found)
+        assert torch.equal(pickle.loads(pickle.dumps(model))(input_ids=ids).logits, truth)
+    assert counted == []
+
+
+def test_layers_to_compile_have_their_own_forward_again(served):
+    model, _ = model_of()
+    layers = sum(type(m) is nn.Linear for m in model.get_decoder().modules())
+    assert speed_up_linears(model.get_decoder()) == layers
+    compile_layers(model.get_decoder())
+    assert not any("forward" in vars(m) for m in model.get_decoder().modules() if type(m) is nn.Linear)
 
 
 def test_a_tree_model_goes_by_them(served, counted):

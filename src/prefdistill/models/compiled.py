@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from prefdistill.errors import ConfigError
+from prefdistill.models.linears import give_back_linears
 from prefdistill.native.library import compiler
 
 
@@ -34,5 +35,6 @@ def compile_layers(backbone: nn.Module) -> int:
     if not isinstance(layers, nn.ModuleList):
         raise ConfigError(f"{type(backbone).__name__} has no list of layers that torch.compile could take one by one")
     for layer in layers:
+        give_back_linears(layer)
         layer.compile(dynamic=True)
     return len(layers)

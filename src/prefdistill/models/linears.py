@@ -16,8 +16,8 @@ from prefdistill.native.library import library
 def speed_up_linears(backbone: nn.Module) -> int:
     """Replaces the forward of a model's plain linear layers on such a CPU; returns how many.
 
-    Layers with hooks, with weights in other types or with a forward of their own are left. To autocast, to
-    torch.compile and for few rows a layer is what it was.
+    Layers with hooks or with a forward of their own are left. To autocast, to torch.compile, for few rows and in other
+    types a layer is what it was.
     """
     found = 0
     if device_of(backbone).type != "cpu":
@@ -33,6 +33,13 @@ def speed_up_linears(backbone: nn.Module) -> int:
     return found
 
 
+def give_back_linears(module: nn.Module) -> None:
+    """Their own forward again, as torch.compile wants them: it would compile anew for every layer that is replaced."""
+    for part in module.modules():
+        if _is_ours(part):
+            del part.forward
+
+
 def together(x: Tensor, *layers: Any) -> tuple[Tensor, ...]:
     """What several layers make of the same states: in one go where all are plain and served."""
     if all(_is_plain(layer) and _is_ours(layer) for layer in layers) and _served(x, *(y.weight for y in layers)):
@@ -41,9 +48,8 @@ def together(x: Tensor, *layers: Any) -> tuple[Tensor, ...]:
 
 
 def _is_plain(module: Any) -> bool:
-    return type(module) is nn.Linear and not (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return type(module) is nn.Linear and not hooks
 
 
 def _is_ours(module: nn.Module) -> bool:
@@ -51,7 +57,10 @@ def _is_ours(module: nn.Module) -> bool:
 
 
 def _served(x: Tensor, *weights: Tensor) -> bool:
-    return not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")) and linear.takes(x, *weights)
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or not linear.takes(x, *weights):
+        return False
+    compiled = library()  # none, perhaps, where a pickled model is read
+    return compiled is not None and compiled.multiplies
 
 
 def _forward(self: nn.Linear, x: Tensor) -> Tensor:
@@ -62,6 +71,6 @@ def _forward(self: nn.Linear, x: Tensor) -> Tensor:
 
 def _multiplied(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
     compiled = library()
-    assert compiled is not None  # layers are replaced where there is one
+    assert compiled is not None
     outs = linear.linear(compiled, x, *(layer.weight for layer in layers))
     return tuple(out if layer.bias is None else out + layer.bias for out, layer in zip(outs, layers, strict=True))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
 
 from prefdistill.native.library import Library
 
@@ -21,11 +22,18 @@ ROWS = 256  # below, laying a weight out is not worth it
 
 def takes(x: Tensor, *weights: Tensor) -> bool:
     """Whether the library could put states x [..., in] through weights [out, in], all of float32 on a CPU."""
-    fits = all(w.shape[0] % WIDTH == 0 == w.shape[1] % WIDTH and w.shape[1] == x.shape[-1] for w in weights)
+    plain = all(
+        type(t) in (Tensor, Parameter)  # others need not have memory of their own
+        and t.layout == torch.strided
+        and t.dtype == torch.float32
+        and t.device.type == "cpu"
+        for t in (x, *weights)
+    )
     return (
-        fits
+        plain
         and x.numel() >= ROWS * x.shape[-1] > 0
-        and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in (x, *weights))
+        and all(w.dim() == 2 and len(w) > 0 and w.shape[1] == x.shape[-1] for w in weights)
+        and all(n % WIDTH == 0 for w in weights for n in w.shape)
     )
 
 
@@ -84,9 +92,10 @@ class _Linear(torch.autograd.Function):
         rows, dense = x.reshape(-1, x.shape[-1]).contiguous(), [w.contiguous() for w in weights]
         outs = tuple(x.new_empty(*x.shape[:-1], len(w)) for w in weights)
         _products(library, [rows], dense, outs)
-        ctx.save_for_backward(x, *weights)
-        ctx.library = library
         _, to_x, *to_weights = ctx.needs_input_grad
+        # As PyTorch: of frozen weights the states are not needed, of states without a gradient not the weights.
+        ctx.save_for_backward(x if any(to_weights) else None, *(w if to_x else None for w in weights))
+        ctx.given = library, x.shape, [w.shape for w in weights]
         ctx.mark_non_differentiable(
             *(out for out, wanted in zip(outs, to_weights, strict=True) if not (to_x or wanted))
         )
@@ -96,16 +105,18 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
+        library, shape, sizes = ctx.given
         _, to_x, *to_weights = ctx.needs_input_grad
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
         flat = [g.reshape(-1, g.shape[-1]).contiguous() for g in grads]
-        d_x = torch.empty_like(rows) if to_x else None
-        for i, (g, w) in enumerate(zip(flat, weights, strict=True)):
+        d_x = grads[0].new_empty(shape) if to_x else None
+        for i, g in enumerate(flat):
             if d_x is not None:
-                _products(ctx.library, [g], [w.contiguous().T], [d_x], add=i > 0)
-        d_weights = [torch.empty(w.shape) if wanted else None for w, wanted in zip(weights, to_weights, strict=True)]
+                _products(library, [g], [weights[i].contiguous().T], [d_x], add=i > 0)
+        d_weights = [
+            g.new_empty(size) if wanted else None for g, size, wanted in zip(flat, sizes, to_weights, strict=True)
+        ]
         asked = [(g.T, d) for g, d in zip(flat, d_weights, strict=True) if d is not None]
         if asked:
             lefts, outs = zip(*asked, strict=True)
-            _products(ctx.library, lefts, [rows.T], outs)
-        return None, None if d_x is None else d_x.view(x.shape), *d_weights
+            _products(library, lefts, [x.reshape(-1, x.shape[-1]).contiguous().T], outs)
+        return None, d_x, *d_weights
