@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from prefdistill.models.backbone import device_of
 from prefdistill.native import linear
-from prefdistill.native.library import library
+from prefdistill.native.library import Library, library
 
 
 def speed_up_linears(backbone: nn.Module) -> int:
@@ -42,8 +42,10 @@ def give_back_linears(module: nn.Module) -> None:
 
 def together(x: Tensor, *layers: Any) -> tuple[Tensor, ...]:
     """What several layers make of the same states: in one go where all are plain and served."""
-    if all(_is_plain(layer) and _is_ours(layer) for layer in layers) and _served(x, *(y.weight for y in layers)):
-        return _multiplied(x, *layers)
+    if all(_is_plain(layer) and _is_ours(layer) for layer in layers):
+        compiled = _library_for(x, *(layer.weight for layer in layers))
+        if compiled is not None:
+            return _multiplied(compiled, x, *layers)
     return tuple(layer(x) for layer in layers)
 
 
@@ -56,21 +58,21 @@ def _is_ours(module: nn.Module) -> bool:
     return getattr(vars(module).get("forward"), "func", None) is _forward
 
 
-def _served(x: Tensor, *weights: Tensor) -> bool:
+def _library_for(x: Tensor, *weights: Tensor) -> Library | None:
+    """The library, where it is to put these states through these weights."""
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or not linear.takes(x, *weights):
-        return False
-    compiled = library()  # none, perhaps, where a pickled model is read
-    return compiled is not None and compiled.multiplies
+        return None
+    compiled = library()  # another's, perhaps, than that of the machine which pickled the model
+    return compiled if compiled is not None and compiled.multiplies else None
 
 
 def _forward(self: nn.Linear, x: Tensor) -> Tensor:
-    if _served(x, self.weight):
-        return _multiplied(x, self)[0]
+    compiled = _library_for(x, self.weight)
+    if compiled is not None:
+        return _multiplied(compiled, x, self)[0]
     return nn.functional.linear(x, self.weight, self.bias)
 
 
-def _multiplied(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
-    compiled = library()
-    assert compiled is not None
+def _multiplied(compiled: Library, x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
     outs = linear.linear(compiled, x, *(layer.weight for layer in layers))
     return tuple(out if layer.bias is None else out + layer.bias for out, layer in zip(outs, layers, strict=True))

@@ -64,6 +64,7 @@ void piece(int64_t k, const float* a, int64_t row, int64_t step, const float* b,
         sum[r][0] = add ? load(c + r * ldc) : splat(0.0f);
         sum[r][1] = add ? load(c + r * ldc + WIDTH) : splat(0.0f);
     }
+#pragma GCC unroll 4
     for (int64_t s = 0; s < k; s++) {
         const vec x = load(b + s * PANEL), y = load(b + s * PANEL + WIDTH);
         const float *a0 = a + s * step, *a3 = a0 + 3 * row, *a6 = a0 + 6 * row, *a9 = a0 + 9 * row;

@@ -35,28 +35,21 @@ struct Rows {  // what a thread takes at a time
     int64_t left, from, count;
 };
 
-// Kept from call to call, since the kernel would zero its pages anew every time.
-float* kept(std::unique_ptr<Room<float>>& room, int64_t& size, int64_t n) {
-    if (n > size) {
-        room.reset();
-        size = 0;
-        room = std::make_unique<Room<float>>(n);
-        size = n;
+struct Kept {  // from call to call, since the kernel would zero its pages anew every time
+    std::unique_ptr<Room<float>> room;
+    int64_t size = 0;
+    float* of(int64_t n) {
+        if (n > size) {
+            room.reset();
+            size = 0;
+            room = std::make_unique<Room<float>>(n);
+            size = n;
+        }
+        return *room;
     }
-    return *room;
-}
+};
 
-float* right_room(int64_t n) {
-    static thread_local std::unique_ptr<Room<float>> room;
-    static thread_local int64_t size = 0;
-    return kept(room, size, n);
-}
-
-float* left_room(int64_t n) {
-    static thread_local std::unique_ptr<Room<float>> room;
-    static thread_local int64_t size = 0;
-    return kept(room, size, n);
-}
+thread_local Kept left_room, right_room;
 
 // Rows of a left side in pieces, [rows / PIECE][k][PIECE], zeros beyond the last; two numbers after it are written to.
 void pack_left(const Side& x, int64_t rows, int64_t k, const float* from, float* to) {
@@ -90,37 +83,9 @@ void pack_left(const Side& x, int64_t rows, int64_t k, const float* from, float*
         }
 }
 
-// c [PIECE, PANEL] (+)= a b, of a piece of a left side and a panel of a right one.
-__attribute__((noinline)) void tile(int64_t k, const float* a, const float* b, float* c, int64_t ldc, bool add) {
-    vec sum[PIECE][2];
-#pragma GCC unroll 6
-    for (int r = 0; r < PIECE; r++) {
-        sum[r][0] = add ? load(c + r * ldc) : splat(0.0f);
-        sum[r][1] = add ? load(c + r * ldc + WIDTH) : splat(0.0f);
-    }
-#pragma GCC unroll 4
-    for (int64_t s = 0; s < k; s++) {
-        const vec x = load(b + s * PANEL), y = load(b + s * PANEL + WIDTH);
-#pragma GCC unroll 6
-        for (int r = 0; r < PIECE; r++) {
-            const vec z = splat(a[s * PIECE + r]);
-            sum[r][0] = fma(z, x, sum[r][0]);
-            sum[r][1] = fma(z, y, sum[r][1]);
-        }
-    }
-#pragma GCC unroll 6
-    for (int r = 0; r < PIECE; r++) {
-        store(c + r * ldc, sum[r][0]);
-        store(c + r * ldc + WIDTH, sum[r][1]);
-    }
-}
-
-// The same of the last `count` rows.
-void last_tile(int64_t count, int64_t k, const float* a, const float* b, float* c, int64_t ldc, bool add) {
-    float whole[PIECE * PANEL] = {};
-    for (int64_t r = 0; add && r < count; r++) std::memcpy(whole + r * PANEL, c + r * ldc, PANEL * sizeof(float));
-    tile(k, a, b, whole, PANEL, add);
-    for (int64_t r = 0; r < count; r++) std::memcpy(c + r * ldc, whole + r * PANEL, PANEL * sizeof(float));
+// c [PIECE, PANEL] (+)= a b, of a piece of a left side and a panel of a right one; a function whose strides are known.
+__attribute__((noinline, flatten)) void tile(int64_t k, const float* a, const float* b, float* c, int64_t ldc, bool add) {
+    piece<PIECE>(k, a, 1, PIECE, b, c, ldc, add);
 }
 
 void pack_right(const Product& p, const std::vector<Panel>& panels, int64_t begin, int64_t k, float* to) {
@@ -167,7 +132,7 @@ void multiply(const Product& p, const std::vector<Panel>& panels, const Rows& ro
                 if (r + PIECE <= rows.count)
                     tile(now, a, b, out + r * ldc, ldc, add);
                 else
-                    last_tile(rows.count - r, now, a, b, out + r * ldc, ldc, add);
+                    rest<PIECE>(rows.count - r, now, a, 1, PIECE, b, out + r * ldc, ldc, add);
             }
         }
     }
@@ -196,14 +161,14 @@ void products(const Product& p) {
         for (const Rows& rows : parts) highest = std::max(highest, up(rows.count, PIECE));
         for (size_t first = 0; first < all.size(); first += most) {
             const std::vector<Panel> panels(all.begin() + first, all.begin() + std::min(all.size(), first + most));
-            float* right = right_room(panels.size() * PANEL * k);
+            float* right = right_room.of(panels.size() * PANEL * k);
             std::atomic<size_t> next{0};
             std::atomic<bool> lacking{false};
 #pragma omp parallel num_threads(p.threads)
             {
                 float* left = nullptr;
                 try {
-                    left = left_room(highest * k + 8);
+                    left = left_room.of(highest * k + 8);
                 } catch (const std::bad_alloc&) {
                     lacking = true;
                 }
