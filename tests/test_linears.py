@@ -15,7 +15,6 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from prefdistill.data.tree import Tree
 from prefdistill.models import linears
-from prefdistill.models.compiled import compile_layers
 from prefdistill.models.forward import TreeModel
 from prefdistill.models.linears import speed_up_linears, together
 from prefdistill.native import library as native
@@ -292,14 +291,6 @@ def test_a_pickle_read_where_nothing_is_compiled_goes_by_pytorch(served, counted
         monkeypatch.setattr(linears, "library", lambda found=found: found)
         assert torch.equal(pickle.loads(pickle.dumps(model))(input_ids=ids).logits, truth)
     assert counted == []
-
-
-def test_layers_to_compile_have_their_own_forward_again(served):
-    model, _ = model_of()
-    layers = sum(type(m) is nn.Linear for m in model.get_decoder().modules())
-    assert speed_up_linears(model.get_decoder()) == layers
-    compile_layers(model.get_decoder())
-    assert not any("forward" in vars(m) for m in model.get_decoder().modules() if type(m) is nn.Linear)
 
 
 def test_a_tree_model_goes_by_them(served, counted):

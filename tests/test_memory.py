@@ -1,8 +1,6 @@
-"""What a training step needs is told before it is taken; checkpointed or compiled, it is the same step."""
+"""What a training step needs is told before it is taken; checkpointed, it is the same step."""
 
 from __future__ import annotations
-
-import os
 
 import pytest
 import torch
@@ -10,15 +8,11 @@ import torch
 from prefdistill import pipeline
 from prefdistill.data.tree import Tree
 from prefdistill.errors import ConfigError
-from prefdistill.models import compiled, memory
+from prefdistill.models import memory
 from prefdistill.models.forward import TreeModel
 from prefdistill.models.memory import activation_bytes, needs_checkpointing, step_bytes
-from prefdistill.native import library
-from test_distill import config, examples_near, policy
 from test_pipeline import data, model_folder, small  # noqa: F401
 from tiny_models import tiny
-
-from prefdistill.training.distill import DistillTrainer  # isort: skip
 
 TREES = [Tree(tuple(range(3, 43)), (tuple(range(50, 60)), tuple(range(60, 70)))) for _ in range(3)]
 
@@ -109,30 +103,3 @@ def test_a_run_that_is_short_of_memory_says_so_and_comes_out_the_same(
 def test_a_wrong_word_is_refused(data, model_folder, tmp_path):  # noqa: F811
     with pytest.raises(ConfigError, match="gradient_checkpointing is 'often'; it must be one of auto, always, never"):
         pipeline.run(small(data, model_folder, tmp_path, gradient_checkpointing="often"))
-
-
-def test_compiled_layers_take_the_same_steps(tmp_path):
-    """Batches of several lengths, one compilation for all of them; nothing is left behind for the next trainer."""
-    curves = []
-    for torch_compile in (False, True):
-        torch.manual_seed(0)
-        model = policy()
-        examples = examples_near(model)
-        options = {"max_steps": 4, "per_device_train_batch_size": 1, "logging_steps": 1, "learning_rate": 1e-3}
-        arguments = config(tmp_path, "d-dpo", torch_compile=torch_compile, **options)
-        trainer = DistillTrainer(model, arguments, examples=examples)
-        trainer.train()
-        curves.append([h["loss"] for h in trainer.state.log_history if "loss" in h])
-    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
-    assert "ACCELERATE_DYNAMO_BACKEND" not in os.environ
-
-
-def test_a_missing_compiler_is_named(monkeypatch):
-    monkeypatch.setattr(library.shutil, "which", lambda name: None)
-    with pytest.raises(ConfigError, match="g\\+\\+"):
-        compiled.check_compiler(torch.device("cpu"))
-
-
-def test_a_model_without_layers_is_refused():
-    with pytest.raises(ConfigError, match="no list of layers"):
-        compiled.compile_layers(torch.nn.Linear(2, 2))

@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 from prefdistill.errors import ConfigError
-from prefdistill.models.linears import give_back_linears
+from prefdistill.models import gates, linears, norms
 from prefdistill.native.library import compiler
+
+REPLACED = (gates._forward, linears._forward, norms._forward)
 
 
 def check_compiler(device: torch.device) -> None:
@@ -35,6 +37,21 @@ def compile_layers(backbone: nn.Module) -> int:
     if not isinstance(layers, nn.ModuleList):
         raise ConfigError(f"{type(backbone).__name__} has no list of layers that torch.compile could take one by one")
     for layer in layers:
-        give_back_linears(layer)
+        _give_back(layer)
         layer.compile(dynamic=True)
     return len(layers)
+
+
+def has_compiled_layers(backbone: nn.Module) -> bool:
+    """Whether torch.compile has a model's layers, which must keep the forwards that it found."""
+    return any(layer._compiled_call_impl is not None for layer in getattr(backbone, "layers", None) or [])
+
+
+def _give_back(layer: nn.Module) -> None:
+    """Its parts' own forwards again: for one that was replaced torch.compile would compile every layer anew.
+
+    It gives up after the eighth.
+    """
+    for part in layer.modules():
+        if getattr(vars(part).get("forward"), "func", None) in REPLACED:
+            del part.forward

@@ -25,6 +25,7 @@ from prefdistill.models import flash
 from prefdistill.models.allocator import keep_freed_memory
 from prefdistill.models.attention import carrier_mask, give_back, take_over
 from prefdistill.models.backbone import backbone_of, device_of, heads_of, unwrap
+from prefdistill.models.compiled import has_compiled_layers
 from prefdistill.models.gates import fuse_gates
 from prefdistill.models.head import Scaling, head_logps
 from prefdistill.models.linears import speed_up_linears
@@ -54,8 +55,10 @@ class TreeModel:
         self.pad_id = int(self.config.pad_token_id or 0)
         self._mask_form = "plain"
         self._own_logits = False
-        fuse_gates(self.backbone)  # what the last layer leaves out is under the probe too
-        speed_up_linears(self.backbone)
+        compiled = has_compiled_layers(self.backbone)
+        if not compiled:
+            fuse_gates(self.backbone)  # what the last layer leaves out is under the probe too
+            speed_up_linears(self.backbone)
         if path is None:
             self.path, self._mask_form = _probe(self)
         else:
@@ -66,7 +69,8 @@ class TreeModel:
                 self._mask_form = _mask_forms(self.config)[0]
         if device_of(model).type == "cpu":
             keep_freed_memory()
-        lighten_norms(self.backbone)  # for scoring as for training: a policy's first margins are zero to the bit
+        if not compiled:
+            lighten_norms(self.backbone)  # for scoring as for training: a policy's first margins are zero to the bit
         self._own_logits = not _head_is_known(self)
 
     def collate(self, trees: Sequence[Tree], *, pool_pad_id: int | None = None) -> TreeBatch:

@@ -33,13 +33,6 @@ def speed_up_linears(backbone: nn.Module) -> int:
     return found
 
 
-def give_back_linears(module: nn.Module) -> None:
-    """Their own forward again, as torch.compile wants them: it would compile anew for every layer that is replaced."""
-    for part in module.modules():
-        if _is_ours(part):
-            del part.forward
-
-
 def together(x: Tensor, *layers: Any) -> tuple[Tensor, ...]:
     """What several layers make of the same states: in one go where all are plain and served."""
     if all(_is_plain(layer) and _is_ours(layer) for layer in layers):
