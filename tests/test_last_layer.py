@@ -104,9 +104,9 @@ def test_nothing_is_left_behind_by_a_forward_that_ran_or_failed():
     assert torch.equal(layer.mlp(x), whole)
 
 
-def test_layers_that_are_compiled_in_part_read_no_other_batchs_positions(monkeypatch):
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_layers_that_are_compiled_in_part_read_no_other_batchs_positions():
     """Where torch.compile gives up on a layer it compiles what the layer calls, and runs the rest as it is."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     trees = [[Tree(tuple(range(5, 5 + n)), (tuple(range(20, 20 + k)), (23, 2)))] for n, k in ((5, 4), (30, 7), (9, 3))]
     other = TreeModel(tiny("llama"))
     with torch.no_grad():
