@@ -1,85 +1,115 @@
-"""Runs a compiled library's float32 functions over many shapes against float64: `python native_exercise.py LIBRARY`."""
+"""Runs a compiled library's functions over many shapes against float64: `python native_exercise.py LIBRARY [tiles]`."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Sequence
+from itertools import product
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from prefdistill.models.attention import blocks_of
 from prefdistill.native import attention
 from prefdistill.native.elementwise import Gate, Norm
-from prefdistill.native.library import Library
+from prefdistill.native.library import NAMES, Library
 from prefdistill.native.linear import linear
 from test_attention import dense, places_of, visible
 
-SHAPES = [
-    [(1, (1,))],
-    [(33, (5, 1))],  # a prompt's last row of keys alone, and a response's
-    [(47, (49,)), (64, (64, 31)), (2, (3,))],
-    [(130, (20, 60, 1)), (97, (33, 7))],
-]
+SHAPES = {
+    torch.float32: [
+        [(1, (1,))],
+        [(33, (5, 1))],  # a prompt's last row of keys alone, and a response's
+        [(47, (49,)), (64, (64, 31)), (2, (3,))],
+        [(130, (20, 60, 1)), (97, (33, 7))],
+    ],
+    torch.bfloat16: [[(1, (1,))], [(33, (5, 1))], [(130, (20, 40, 1)), (2, (3,))]],
+}
+HEADS = {
+    torch.float32: [(6, 3, 32), (4, 4, 64), (5, 1, 96), (2, 1, 128)],
+    torch.bfloat16: [(2, 1, 32), (2, 2, 96)],
+}
+# What a result may be off by: of its largest number, and of every other.
+OFF = {torch.float32: (2e-5, 1e-4), torch.bfloat16: (2e-2, 2e-2)}
+DRAW = torch.Generator()
 
 
-def exercise(compiled: Library) -> None:
-    """Raises AssertionError where values or gradients are not those of float64."""
-    draw = torch.Generator().manual_seed(0)
+def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=DRAW).to(dtype)
 
-    def drawn(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=draw)
 
-    for shapes in SHAPES:
+def same(found: Sequence[Tensor], truth: Sequence[Tensor], dtype: torch.dtype) -> None:
+    for one, exact in zip(found, truth, strict=True):
+        atol, rtol = OFF[dtype]
+        atol *= max(1.0, float(exact.detach().abs().max()))
+        torch.testing.assert_close(one.double(), exact.double(), atol=atol, rtol=rtol)
+
+
+def exercise_attention(compiled: Library, dtype: torch.dtype) -> None:
+    for shapes, (heads, groups, d), window in product(SHAPES[dtype], HEADS[dtype], (None, 5, 40)):
         places = places_of(shapes)
         tokens = places[-1].end
-        for heads, groups, d in ((6, 3, 32), (4, 4, 64), (5, 1, 96), (2, 1, 128)):
-            for window in (None, 5, 40):
-                values = [drawn(tokens, n, d).requires_grad_() for n in (heads, groups, groups)]
-                grad = drawn(tokens, heads, d)
-                ours = attention.attend(compiled, *values, blocks_of(places, window=window), d**-0.5)
-                found = [ours, *torch.autograd.grad(ours, values, grad)]
-                wide = [x.detach().double().requires_grad_() for x in values]
-                truth = dense(*(x.transpose(0, 1)[None] for x in wide), visible(places, window))[0]
-                for one, exact in zip(found, [truth, *torch.autograd.grad(truth, wide, grad.double())], strict=True):
-                    torch.testing.assert_close(one.double(), exact, atol=2e-5, rtol=1e-4)
+        values = [drawn(tokens, n, d, dtype=dtype).requires_grad_() for n in (heads, groups, groups)]
+        grad = drawn(tokens, heads, d, dtype=dtype)
+        ours = attention.attend(compiled, *values, blocks_of(places, window=window), d**-0.5)
+        wide = [x.detach().double().requires_grad_() for x in values]
+        truth = dense(*(x.transpose(0, 1)[None] for x in wide), visible(places, window))[0]
+        found = [ours, *torch.autograd.grad(ours, values, grad)]
+        same(found, [truth, *torch.autograd.grad(truth, wide, grad.double())], dtype)
+
+
+def exercise_gates(compiled: Library, dtype: torch.dtype) -> None:
     for n in (1, 7, 8, 15, 16, 17, 4095, 4096, 4097, 9000):
-        gate, up, grad = drawn(n).requires_grad_(), drawn(n).requires_grad_(), drawn(n)
+        gate, up, grad = drawn(n, dtype=dtype).requires_grad_(), drawn(n, dtype=dtype).requires_grad_(), drawn(n)
         ours = Gate.apply(gate, up, compiled)
-        truth = nn.functional.silu(gate) * up
-        for one, exact in zip(
-            (ours, *torch.autograd.grad(ours, (gate, up), grad)),
-            (truth, *torch.autograd.grad(truth, (gate, up), grad)),
-            strict=True,
-        ):
-            torch.testing.assert_close(one, exact, atol=1e-5, rtol=1e-5)
+        wide = [x.detach().double().requires_grad_() for x in (gate, up)]
+        truth = nn.functional.silu(wide[0]) * wide[1]
+        grad = grad.to(dtype)
+        found = [ours, *torch.autograd.grad(ours, (gate, up), grad)]
+        same(found, [truth, *torch.autograd.grad(truth, wide, grad.double())], dtype)
+
+
+def exercise_norms(compiled: Library, dtype: torch.dtype) -> None:
     for rows, d in ((1, 1), (3, 7), (5, 16), (2, 31), (9, 33), (40, 200)):
-        x, weight, grad = drawn(rows, d).requires_grad_(), drawn(d).requires_grad_(), drawn(rows, d)
-        ours = Norm.apply(x, weight, 1e-6, compiled, torch.float32)
-        truth = weight * x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
-        for one, exact in zip(
-            (ours, *torch.autograd.grad(ours, (x, weight), grad)),
-            (truth, *torch.autograd.grad(truth, (x, weight), grad)),
-            strict=True,
-        ):
-            torch.testing.assert_close(one, exact, atol=2e-5, rtol=1e-4)
-    if hasattr(compiled.handle, "prefdistill_product_float"):
-        for rows, inner, outer in ((256, 16, (16,)), (257, 48, (80, 16)), (299, 1040, (32,)), (1030, 32, (48,))):
-            x, weights = drawn(rows, inner).requires_grad_(), [drawn(n, inner).requires_grad_() for n in outer]
-            grads = [drawn(rows, n) for n in outer]
-            outs = linear(compiled, x, *weights)
-            wide = [t.detach().double().requires_grad_() for t in (x, *weights)]
-            truths = [wide[0] @ w.T for w in wide[1:]]
-            for one, exact in zip(
-                (*outs, *torch.autograd.grad(outs, (x, *weights), grads)),
-                (*truths, *torch.autograd.grad(truths, wide, [g.double() for g in grads])),
-                strict=True,
-            ):
-                torch.testing.assert_close(one.double(), exact, atol=2e-4, rtol=1e-4)
+        x, weight, grad = drawn(rows, d).requires_grad_(), drawn(d).requires_grad_(), drawn(rows, d, dtype=dtype)
+        ours = Norm.apply(x, weight, 1e-6, compiled, dtype)
+        wide = [t.detach().double().requires_grad_() for t in (x, weight)]
+        truth = wide[1] * wide[0] / (wide[0].pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+        found = [ours, *torch.autograd.grad(ours, (x, weight), grad)]
+        same(found, [truth, *torch.autograd.grad(truth, wide, grad.double())], dtype)
+
+
+def exercise_products(compiled: Library) -> None:
+    for rows, inner, outer in ((256, 16, (16,)), (257, 48, (80, 16)), (299, 1040, (32,)), (1030, 32, (48,))):
+        x, weights = drawn(rows, inner).requires_grad_(), [drawn(n, inner).requires_grad_() for n in outer]
+        grads = [drawn(rows, n) for n in outer]
+        outs = linear(compiled, x, *weights)
+        wide = [t.detach().double().requires_grad_() for t in (x, *weights)]
+        truths = [wide[0] @ w.T for w in wide[1:]]
+        found = [*outs, *torch.autograd.grad(outs, (x, *weights), grads)]
+        same(found, [*truths, *torch.autograd.grad(truths, wide, [g.double() for g in grads])], torch.float32)
+
+
+def exercise(handle: ctypes.CDLL, tiles: bool) -> None:
+    """Raises AssertionError where values or gradients are not those of float64."""
+    has_half = hasattr(handle, "prefdistill_forward_half")
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        for dtype, name in NAMES.items():
+            if dtype == torch.bfloat16 and not has_half:
+                continue
+            compiled = Library(handle, {dtype: name}, tiles=False)
+            exercise_attention(compiled, dtype)
+            exercise_gates(compiled, dtype)
+            exercise_norms(compiled, dtype)
+        if has_half and tiles:
+            exercise_attention(Library(handle, NAMES, tiles=True), torch.bfloat16)
+        if hasattr(handle, "prefdistill_product_float"):
+            exercise_products(Library(handle, NAMES, tiles=False))
+    print("as in float64", *(["in bfloat16"] if has_half else []), *(["by tiles"] if tiles else []))
 
 
 if __name__ == "__main__":
-    for threads in (1, 3):
-        torch.set_num_threads(threads)
-        exercise(Library(ctypes.CDLL(sys.argv[1]), {torch.float32: "float"}, tiles=False))
-    print("as in float64")
+    loaded = ctypes.CDLL(sys.argv[1])
+    exercise(loaded, int(loaded.prefdistill_instructions()) == 3 or "tiles" in sys.argv[2:])
