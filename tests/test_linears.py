@@ -16,6 +16,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from prefdistill.data.tree import Tree
 from prefdistill.models import linears
 from prefdistill.models.forward import TreeModel
+from prefdistill.models.gates import fuse_gates
 from prefdistill.models.linears import speed_up_linears, together
 from prefdistill.native import library as native
 from prefdistill.native.linear import ROWS, linear, takes
@@ -291,6 +292,26 @@ def test_a_pickle_read_where_nothing_is_compiled_goes_by_pytorch(served, counted
         monkeypatch.setattr(linears, "library", lambda found=found: found)
         assert torch.equal(pickle.loads(pickle.dumps(model))(input_ids=ids).logits, truth)
     assert counted == []
+
+
+def test_a_hook_of_all_modules_sees_every_layer(served, counted):
+    model, ids = model_of()
+    raw = copy.deepcopy(model)
+    fuse_gates(model.get_decoder())
+    speed_up_linears(model.get_decoder())
+    seen = {id(m): 0 for m in model.get_decoder().modules() if type(m) is nn.Linear}
+
+    def hook(module, args, out):
+        if id(module) in seen:
+            seen[id(module)] += 1
+
+    with nn.modules.module.register_module_forward_hook(hook):
+        found = model(input_ids=ids).logits
+    torch.testing.assert_close(found, raw(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
+    assert set(seen.values()) == {1}
+    assert 2 not in counted
+    model(input_ids=ids)
+    assert 2 in counted, "without it gate and up go together"
 
 
 def test_a_tree_model_goes_by_them(served, counted):

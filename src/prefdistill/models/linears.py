@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from prefdistill.models.backbone import device_of
 from prefdistill.native import linear
@@ -34,8 +35,8 @@ def speed_up_linears(backbone: nn.Module) -> int:
 
 
 def together(x: Tensor, *layers: Any) -> tuple[Tensor, ...]:
-    """What several layers make of the same states: in one go where all are plain and served."""
-    if all(_is_plain(layer) and _is_ours(layer) for layer in layers):
+    """What several layers make of the same states: in one go where all are plain, served and without hooks."""
+    if not _has_any_global_hook() and all(_is_plain(layer) and _is_ours(layer) for layer in layers):
         compiled = _library_for(x, *(layer.weight for layer in layers))
         if compiled is not None:
             return _multiplied(compiled, x, *layers)
