@@ -61,11 +61,11 @@ def exercise_attention(compiled: Library, dtype: torch.dtype) -> None:
 
 def exercise_gates(compiled: Library, dtype: torch.dtype) -> None:
     for n in (1, 7, 8, 15, 16, 17, 4095, 4096, 4097, 9000):
-        gate, up, grad = drawn(n, dtype=dtype).requires_grad_(), drawn(n, dtype=dtype).requires_grad_(), drawn(n)
+        gate, up = (drawn(n, dtype=dtype).requires_grad_() for _ in range(2))
+        grad = drawn(n, dtype=dtype)
         ours = Gate.apply(gate, up, compiled)
         wide = [x.detach().double().requires_grad_() for x in (gate, up)]
         truth = nn.functional.silu(wide[0]) * wide[1]
-        grad = grad.to(dtype)
         found = [ours, *torch.autograd.grad(ours, (gate, up), grad)]
         same(found, [truth, *torch.autograd.grad(truth, wide, grad.double())], dtype)
 
