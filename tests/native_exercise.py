@@ -30,19 +30,17 @@ HEADS = {
     torch.float32: [(6, 3, 32), (4, 4, 64), (5, 1, 96), (2, 1, 128)],
     torch.bfloat16: [(2, 1, 32), (2, 2, 96)],
 }
-# What a result may be off by: of its largest number, and of every other.
-OFF = {torch.float32: (2e-5, 1e-4), torch.bfloat16: (2e-2, 2e-2)}
-DRAW = torch.Generator()
+DRAW = torch.Generator().manual_seed(0)
 
 
 def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, generator=DRAW).to(dtype)
 
 
-def same(found: Sequence[Tensor], truth: Sequence[Tensor], dtype: torch.dtype) -> None:
+def same(found: Sequence[Tensor], truth: Sequence[Tensor], atol: float, rtol: float) -> None:
     for one, exact in zip(found, truth, strict=True):
-        atol, rtol = OFF[dtype]
-        atol *= max(1.0, float(exact.detach().abs().max()))
+        if one.dtype == torch.bfloat16:  # rounded by 2^-8 at each of a few stops on the way
+            atol, rtol = 2e-2 * max(1.0, float(exact.detach().abs().max())), 2e-2
         torch.testing.assert_close(one.double(), exact.double(), atol=atol, rtol=rtol)
 
 
@@ -56,7 +54,7 @@ def exercise_attention(compiled: Library, dtype: torch.dtype) -> None:
         wide = [x.detach().double().requires_grad_() for x in values]
         truth = dense(*(x.transpose(0, 1)[None] for x in wide), visible(places, window))[0]
         found = [ours, *torch.autograd.grad(ours, values, grad)]
-        same(found, [truth, *torch.autograd.grad(truth, wide, grad.double())], dtype)
+        same(found, [truth, *torch.autograd.grad(truth, wide, grad.double())], 2e-5, 1e-4)
 
 
 def exercise_gates(compiled: Library, dtype: torch.dtype) -> None:
@@ -67,7 +65,7 @@ def exercise_gates(compiled: Library, dtype: torch.dtype) -> None:
         wide = [x.detach().double().requires_grad_() for x in (gate, up)]
         truth = nn.functional.silu(wide[0]) * wide[1]
         found = [ours, *torch.autograd.grad(ours, (gate, up), grad)]
-        same(found, [truth, *torch.autograd.grad(truth, wide, grad.double())], dtype)
+        same(found, [truth, *torch.autograd.grad(truth, wide, grad.double())], 1e-5, 1e-5)
 
 
 def exercise_norms(compiled: Library, dtype: torch.dtype) -> None:
@@ -77,7 +75,7 @@ def exercise_norms(compiled: Library, dtype: torch.dtype) -> None:
         wide = [t.detach().double().requires_grad_() for t in (x, weight)]
         truth = wide[1] * wide[0] / (wide[0].pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
         found = [ours, *torch.autograd.grad(ours, (x, weight), grad)]
-        same(found, [truth, *torch.autograd.grad(truth, wide, grad.double())], dtype)
+        same(found, [truth, *torch.autograd.grad(truth, wide, grad.double())], 2e-5, 1e-4)
 
 
 def exercise_products(compiled: Library) -> None:
@@ -88,7 +86,7 @@ def exercise_products(compiled: Library) -> None:
         wide = [t.detach().double().requires_grad_() for t in (x, *weights)]
         truths = [wide[0] @ w.T for w in wide[1:]]
         found = [*outs, *torch.autograd.grad(outs, (x, *weights), grads)]
-        same(found, [*truths, *torch.autograd.grad(truths, wide, [g.double() for g in grads])], torch.float32)
+        same(found, [*truths, *torch.autograd.grad(truths, wide, [g.double() for g in grads])], 2e-4, 1e-4)
 
 
 def exercise(handle: ctypes.CDLL, tiles: bool) -> None:
@@ -112,4 +110,5 @@ def exercise(handle: ctypes.CDLL, tiles: bool) -> None:
 
 if __name__ == "__main__":
     loaded = ctypes.CDLL(sys.argv[1])
-    exercise(loaded, int(loaded.prefdistill_instructions()) == 3 or "tiles" in sys.argv[2:])
+    loaded.prefdistill_instructions()  # asks the kernel for AMX
+    exercise(loaded, "tiles" in sys.argv[2:])

@@ -11,7 +11,6 @@ from torch._dynamo.testing import CompileCounter
 from prefdistill.data.tree import Tree
 from prefdistill.errors import ConfigError
 from prefdistill.models import compiled
-from prefdistill.models.compiled import compile_layers
 from prefdistill.models.forward import TreeModel
 from prefdistill.native import library
 from test_distill import config, examples_near, policy
@@ -44,7 +43,7 @@ def test_what_is_compiled_does_not_grow_with_layers(counter, family):
         counter.clear()
         truth = logps_of(TreeModel(tiny(family, num_hidden_layers=layers)))
         model = TreeModel(tiny(family, num_hidden_layers=layers))
-        assert compile_layers(model.backbone) == layers
+        assert compiled.compile_layers(model.backbone) == layers
         for found, expected in zip(logps_of(model), truth, strict=True):
             torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
         counts.append(counter.frame_count)
@@ -54,7 +53,7 @@ def test_what_is_compiled_does_not_grow_with_layers(counter, family):
 def test_another_reader_of_a_compiled_model_compiles_nothing(counter):
     raw = tiny("llama")
     model = TreeModel(raw)
-    compile_layers(model.backbone)
+    compiled.compile_layers(model.backbone)
     truth = logps_of(model)
     counts = []
     for _ in range(2):  # the first's probe runs without gradients, and that is compiled once

@@ -12,11 +12,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from prefdistill.native import library
 
 HERE = Path(__file__).parent
-needs_kernel = pytest.mark.skipif(library.library() is None, reason="no compiler, or a CPU without AVX2")
+COMPILED = library.library()
+needs_kernel = pytest.mark.skipif(COMPILED is None, reason="no compiler, or a CPU without AVX2")
 CHECKED = (*library.FLAGS, "-O1", "-g", "-fsanitize=address")
 
 
@@ -40,11 +42,11 @@ def test_no_byte_is_touched_beyond_its_own(wide, tmp_path):
         shutil.copytree(HERE / "wide", source, dirs_exist_ok=True)
     made = tmp_path / "checked.so"
     subprocess.run([cxx, *CHECKED, "-o", str(made), *map(str, sorted(source.glob("*.cpp")))], check=True)
-    run = [sys.executable, str(HERE / "native_exercise.py"), str(made), *["tiles"] * wide]
+    half, tiles = wide or torch.bfloat16 in COMPILED.names, wide or COMPILED.tiles
+    run = [sys.executable, str(HERE / "native_exercise.py"), str(made), *["tiles"] * tiles]
     done = subprocess.run(run, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.startswith("as in float64")
-    assert not wide or done.stdout == "as in float64 in bfloat16 by tiles\n"
+    assert done.stdout == "as in float64" + half * " in bfloat16" + tiles * " by tiles" + "\n"
 
 
 LACKING = """

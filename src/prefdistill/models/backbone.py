@@ -33,6 +33,11 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
+def replacement_of(module: nn.Module) -> Any:
+    """The function that stands for a module's own forward, bound by `functools.partial`; None where it has its own."""
+    return getattr(vars(module).get("forward"), "func", None)
+
+
 def heads_of(config: Any) -> tuple[int, int, int] | None:
     """Heads, key heads and a head's size of a model's layers; none where the text configuration does not tell them."""
     heads = getattr(config, "num_attention_heads", None)

@@ -9,9 +9,10 @@ from torch import nn
 
 from prefdistill.errors import ConfigError
 from prefdistill.models import gates, linears, norms
+from prefdistill.models.backbone import replacement_of
 from prefdistill.native.library import compiler
 
-REPLACED = (gates._forward, linears._forward, norms._forward)
+REPLACEMENTS = (gates._forward, linears._forward, norms._forward)
 
 
 def check_compiler(device: torch.device) -> None:
@@ -53,5 +54,5 @@ def _give_back(layer: nn.Module) -> None:
     It gives up after the eighth.
     """
     for part in layer.modules():
-        if getattr(vars(part).get("forward"), "func", None) in REPLACED:
+        if replacement_of(part) in REPLACEMENTS:
             del part.forward

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from prefdistill.models.backbone import device_of
+from prefdistill.models.backbone import device_of, replacement_of
 from prefdistill.native import linear
 from prefdistill.native.library import Library, library
 
@@ -49,7 +49,7 @@ def _is_plain(module: Any) -> bool:
 
 
 def _is_ours(module: nn.Module) -> bool:
-    return getattr(vars(module).get("forward"), "func", None) is _forward
+    return replacement_of(module) is _forward
 
 
 def _library_for(x: Tensor, *weights: Tensor) -> Library | None:
