@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,8 +35,14 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
+def replace_forward(module: nn.Module, forward: Callable[..., Any], *first: Any) -> None:
+    """From now on `forward(module, *first, ...)` is what a module's own forward was; `del module.forward` ends it."""
+    # No method: those are pickled by their name in the class.
+    module.forward = partial(forward, module, *first)  # type: ignore[method-assign]
+
+
 def replacement_of(module: nn.Module) -> Any:
-    """The function that stands for a module's own forward, bound by `functools.partial`; None where it has its own."""
+    """The function that `replace_forward` put there for a module's own forward; None where it has its own."""
     return getattr(vars(module).get("forward"), "func", None)
 
 

@@ -7,13 +7,12 @@ Which modules are such is measured: one whose outputs differ from the formula on
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prefdistill.models.backbone import device_of
+from prefdistill.models.backbone import device_of, replace_forward
 from prefdistill.models.linears import together
 from prefdistill.native.elementwise import Gate
 from prefdistill.native.library import library_for
@@ -48,7 +47,7 @@ def fuse_gates(backbone: nn.Module) -> int:
             reads = None
             if layer is layers[-1] and attention is not None:
                 reads = attention.reads = Reads()
-            mlp.forward = partial(_forward, mlp, reads)  # no method: those are pickled by their name in the class
+            replace_forward(mlp, _forward, reads)
             found += 1
     return found
 

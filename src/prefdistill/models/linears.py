@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from prefdistill.models.backbone import device_of, replacement_of
+from prefdistill.models.backbone import device_of, replace_forward, replacement_of
 from prefdistill.native import linear
 from prefdistill.native.library import Library, library
 
@@ -28,8 +27,7 @@ def speed_up_linears(backbone: nn.Module) -> int:
         return found
     for module in backbone.modules():
         if _is_plain(module) and "forward" not in vars(module):
-            # No method: those are pickled by their name in the class.
-            module.forward = partial(_forward, module)  # type: ignore[arg-type]
+            replace_forward(module, _forward)
             found += 1
     return found
 

@@ -7,13 +7,13 @@ such norms is measured: one whose outputs differ from the formula on random numb
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from prefdistill.models.backbone import replace_forward
 from prefdistill.native.elementwise import Norm
 from prefdistill.native.library import library_for
 
@@ -30,7 +30,7 @@ def lighten_norms(backbone: nn.Module) -> int:
         norms = [child for child in layer.children() if type(child).__name__.endswith("RMSNorm")]
         if len(norms) == 2 and all(_is_formula(norm) for norm in norms):
             for norm in norms:
-                norm.forward = partial(_forward, norm)  # no method: those are pickled by their name in the class
+                replace_forward(norm, _forward)
                 found += 1
     return found
 
