@@ -17,7 +17,7 @@ from prefdistill import pipeline
 from prefdistill.data.formats import Pair, load_pairs, to_pair
 from prefdistill.data.sources import read_rows
 from prefdistill.errors import DataError
-from test_pipeline import model_folder, rows, small  # noqa: F401
+from tiny_runs import rows, small
 
 ROW = {"prompt": "p", "chosen": "a", "rejected": "b"}
 TWICE = pa.Table.from_arrays([pa.array([t]) for t in "pabc"], names=["prompt", "chosen", "rejected", "chosen"])
@@ -172,7 +172,7 @@ def test_what_is_told_of_other_rows(tmp_path: Path) -> None:
     assert [row for _, _, row in dropping(tmp_path / "pairs.csv")[1]] == [["p", "a"]]
 
 
-def test_a_run_writes_down_every_row_that_it_leaves_out(tmp_path: Path, model_folder: Path) -> None:  # noqa: F811
+def test_a_run_writes_down_every_row_that_it_leaves_out(tmp_path: Path, model_folder: Path) -> None:
     made = rows()
     blank, long = made[0] | {"chosen": " "}, made[1] | {"rejected": " red" * 60, "id": 7}
     path = tmp_path / "pairs.jsonl"
@@ -192,7 +192,7 @@ def test_a_run_writes_down_every_row_that_it_leaves_out(tmp_path: Path, model_fo
 
 
 @pytest.mark.slow
-def test_a_response_of_10_mb_is_left_out_by_name_and_whole(tmp_path: Path, model_folder: Path) -> None:  # noqa: F811
+def test_a_response_of_10_mb_is_left_out_by_name_and_whole(tmp_path: Path, model_folder: Path) -> None:
     made = rows()
     path, long = tmp_path / "pairs.jsonl", made[1] | {"chosen": " red" * 2_500_000}
     path.write_text("\n".join(map(json.dumps, [long, *made[2:]])), encoding="utf-8")
@@ -281,7 +281,7 @@ def test_a_text_with_one_character_that_shows_is_kept(text: str) -> None:
     assert (pair.prompt, pair.chosen) == (text, text)
 
 
-def test_a_demonstration_that_shows_nothing_is_none(tmp_path: Path, model_folder: Path) -> None:  # noqa: F811
+def test_a_demonstration_that_shows_nothing_is_none(tmp_path: Path, model_folder: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps({**row, "demo": "\u200b"}) + "\n" for row in rows()), encoding="utf-8")
     options = {"sft.enabled": True, "sft.on": "demo"}

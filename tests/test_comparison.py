@@ -15,7 +15,7 @@ from prefdistill.data.group_files import read_groups
 from prefdistill.data.table import PromptGroup, Response
 from prefdistill.errors import ConfigError, DataError
 from prefdistill.experiments.comparison import Comparison, collect, run_comparison, run_folder
-from test_pipeline import model_folder, rows, small  # noqa: F401
+from tiny_runs import rows, small
 from tiny_tokenizers import gpt2
 
 
@@ -81,7 +81,7 @@ def data(tmp_path):
     return path
 
 
-def test_the_command_writes_one_file_a_rho(data, model_folder, tmp_path, capsys):  # noqa: F811
+def test_the_command_writes_one_file_a_rho(data, model_folder, tmp_path, capsys):
     out = tmp_path / "biased"
     args = ["bias", "--data", str(data), "--model", str(model_folder), "--rho", "0.2,0.8", "--output-dir", str(out)]
     assert main(args) == 0
@@ -105,7 +105,7 @@ def test_the_command_writes_one_file_a_rho(data, model_folder, tmp_path, capsys)
     assert again == first["0.8"]
 
 
-def test_a_rows_own_columns_take_no_texts_place(model_folder, tmp_path):  # noqa: F811
+def test_a_rows_own_columns_take_no_texts_place(model_folder, tmp_path):
     """A TL;DR comparison may have a column that is called as a text of ours."""
     path, out = tmp_path / "tldr.jsonl", tmp_path / "biased"
     info = {"subreddit": "r", "title": "t", "post": "p"}
@@ -132,7 +132,7 @@ def test_a_rows_own_columns_take_no_texts_place(model_folder, tmp_path):  # noqa
         (["--rho", "0.5", "--with-replacement"], "needs --pairs"),
     ],
 )
-def test_the_command_refuses(flags, said, data, model_folder, tmp_path, capsys):  # noqa: F811
+def test_the_command_refuses(flags, said, data, model_folder, tmp_path, capsys):
     out = tmp_path / "biased"
     assert main(["bias", "--data", str(data), "--model", str(model_folder), "--output-dir", str(out), *flags]) == 2
     assert said in capsys.readouterr().err
@@ -142,7 +142,7 @@ def test_the_command_refuses(flags, said, data, model_folder, tmp_path, capsys):
 # -- as an option of a run ---------------------------------------------------------------------------------------------
 
 
-def test_a_run_on_d_rho(data, model_folder, tmp_path):  # noqa: F811
+def test_a_run_on_d_rho(data, model_folder, tmp_path):
     out = tmp_path / "run"
     config = small(data, model_folder, out, methods="[dpo]", **{"dataset.rho": 0.8, "dataset.rho_pairs": 15})
     pipeline.run(config, until="distill")
@@ -163,7 +163,7 @@ def test_a_run_on_d_rho(data, model_folder, tmp_path):  # noqa: F811
         ({"distill.members": "[]"}, "empty"),
     ],
 )
-def test_wrong_options_are_named(options, said, data, model_folder, tmp_path):  # noqa: F811
+def test_wrong_options_are_named(options, said, data, model_folder, tmp_path):
     with pytest.raises(ConfigError, match=said):
         pipeline.run(small(data, model_folder, tmp_path / "run", **options))
 
@@ -171,7 +171,7 @@ def test_wrong_options_are_named(options, said, data, model_folder, tmp_path):  
 # -- the sweep ---------------------------------------------------------------------------------------------------------
 
 
-def sweep(data, model_folder, out, **changes) -> Comparison:  # noqa: F811
+def sweep(data, model_folder, out, **changes) -> Comparison:
     config = small(data, model_folder, out, **{"dataset.validation_fraction": 0.3, "evaluate.judge": JUDGE})
     return Comparison(config, **{"rhos": (0.2, 0.8), "methods": ("dpo", "d-dpo", "e-dpo", "hull-dpo"), **changes})
 
@@ -179,7 +179,7 @@ def sweep(data, model_folder, out, **changes) -> Comparison:  # noqa: F811
 JUDGE = "test_diagnosis:score_words"
 
 
-def test_the_sweep_trains_once_and_collects(data, model_folder, tmp_path, capsys):  # noqa: F811
+def test_the_sweep_trains_once_and_collects(data, model_folder, tmp_path, capsys):
     job = sweep(data, model_folder, tmp_path / "sweep")
     table = run_comparison(job)
     assert [(r["rho"], r["method"]) for r in table["rows"]] == [(rho, m) for rho in job.rhos for m in job.methods]
@@ -214,7 +214,7 @@ def test_the_sweep_trains_once_and_collects(data, model_folder, tmp_path, capsys
     assert collect(tmp_path / "sweep", job, natural_rate=0.5, pairs=1)["rows"] == table["rows"]
 
 
-def test_an_ensemble_of_more_rho_than_are_trained_on(data, model_folder, tmp_path):  # noqa: F811
+def test_an_ensemble_of_more_rho_than_are_trained_on(data, model_folder, tmp_path):
     """The ends of the sweep alone, pessimistic over reward models of all rho."""
     job = sweep(data, model_folder, tmp_path / "sweep", rhos=(0.2,), methods=("dpo", "e-dpo"), member_rhos=(0.4, 0.6))
     table = run_comparison(job)
@@ -228,7 +228,7 @@ def test_an_ensemble_of_more_rho_than_are_trained_on(data, model_folder, tmp_pat
         assert not (run_folder(tmp_path / "sweep", 0, rho) / "policy").exists()
 
 
-def test_the_sweep_is_checked(data, model_folder, tmp_path):  # noqa: F811
+def test_the_sweep_is_checked(data, model_folder, tmp_path):
     for changes, said in (
         ({"methods": ("d-dpo",)}, "must hold dpo"),
         ({"rhos": (0.2, 0.2)}, "--rhos"),
@@ -249,7 +249,7 @@ def test_the_sweep_is_checked(data, model_folder, tmp_path):  # noqa: F811
     assert not (tmp_path / "no").exists()
 
 
-def test_the_experiment_command(data, model_folder, tmp_path, capsys):  # noqa: F811
+def test_the_experiment_command(data, model_folder, tmp_path, capsys):
     out = tmp_path / "sweep"
     config: RunConfig = small(data, model_folder, out, **{"dataset.validation_fraction": 0.3, "evaluate.judge": JUDGE})
     (tmp_path / "c.yaml").write_text(config.as_yaml())
@@ -268,7 +268,7 @@ def test_the_experiment_command(data, model_folder, tmp_path, capsys):  # noqa: 
     assert "--seeds" in capsys.readouterr().err
 
 
-def test_helpfulness_compares_on_the_pairs_as_labelled(data, model_folder, tmp_path):  # noqa: F811
+def test_helpfulness_compares_on_the_pairs_as_labelled(data, model_folder, tmp_path):
     """One supervised start and one test split for all seeds, members of biased resamples beside that of all pairs."""
     out = tmp_path / "helpful"
     fixed = {"dataset.validation_fraction": 0.3, "sft.enabled": "true", "sft.lora_rank": 2, "evaluate.judge": JUDGE}
@@ -309,13 +309,13 @@ def test_the_experiments_own_options_are_whole():
         parse("run", [str(files("prefdistill.embedded").joinpath(f"{name}.yaml"))]).check()
 
 
-def test_methods_of_labels_alone_need_no_reward_models(data, model_folder, tmp_path):  # noqa: F811
+def test_methods_of_labels_alone_need_no_reward_models(data, model_folder, tmp_path):
     table = run_comparison(sweep(data, model_folder, tmp_path / "labels", rhos=(0.2,), methods=("dpo", "ipo")))
     assert table["members"] == []
     assert not (run_folder(tmp_path / "labels", 0, 0.2) / "reward").exists()
 
 
-def test_a_variant_of_d_dpo_distils_its_own_reward_model(data, model_folder, tmp_path):  # noqa: F811
+def test_a_variant_of_d_dpo_distils_its_own_reward_model(data, model_folder, tmp_path):
     from prefdistill.experiments.comparison import _config
 
     job = sweep(data, model_folder, tmp_path / "x", methods=("dpo", "mine", "e-dpo"))

@@ -9,7 +9,7 @@ import pytest
 from prefdistill import pipeline
 from prefdistill.cli import main
 from prefdistill.errors import is_disk_full
-from test_pipeline import data, model_folder, small  # noqa: F401
+from tiny_runs import small
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def disk(tmp_path):
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
-def test_a_run_goes_on_when_there_is_room_again(disk, data, model_folder, tmp_path, capsys):  # noqa: F811
+def test_a_run_goes_on_when_there_is_room_again(disk, data, model_folder, tmp_path, capsys):
     place, grow = disk
     options = {"methods": "[dpo]", "distill.save_steps": 1, "distill.logging_steps": 1, "reward.hold": "full"}
     whole = tmp_path / "whole"

@@ -26,8 +26,8 @@ from prefdistill.commands.completion import options_of
 from prefdistill.data.formats import to_pair
 from prefdistill.experiments import comparison, sweep
 from prefdistill.theory import lab
-from test_pipeline import WORDS, model_folder  # noqa: F401
 from tiny_models import tiny
+from tiny_runs import WORDS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")]
@@ -94,7 +94,7 @@ ALL_COMMANDS = [command for fence in fences("bash") for command in commands_of(f
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, model_folder):  # noqa: F811
+def place(tmp_path_factory, model_folder):
     """A folder as a reader has it: pairs, configurations, and the run of the first page."""
     folder = tmp_path_factory.mktemp("docs")
     draw = random.Random(0)

@@ -20,7 +20,7 @@ from prefdistill.models.adapters import Classifiers
 from prefdistill.models.loading import load_classifier, reads_text_pairs
 from prefdistill.models.sequence import SequenceModel
 from prefdistill.scoring import Column, fill_columns, rewards_forward
-from test_pipeline import WORDS, data, model_folder, small  # noqa: F401
+from tiny_runs import WORDS, small
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 LONGEST = 40
@@ -118,7 +118,7 @@ def test_long_texts_are_cut_at_the_prompts_left_and_the_responses_right(encoder_
     assert "judged by their beginning" in caplog.text
 
 
-def test_an_encoder_stands_in_as_member_and_as_judge(data, model_folder, encoder_folder, tmp_path):  # noqa: F811
+def test_an_encoder_stands_in_as_member_and_as_judge(data, model_folder, encoder_folder, tmp_path):
     out = tmp_path / "run"
     options = {"reward.members": 1, "reward.pretrained": f"[{encoder_folder}]", "evaluate.judge": encoder_folder}
     pipeline.run(small(data, model_folder, out, methods="[d-dpo]", **options))
@@ -136,7 +136,7 @@ def test_an_encoder_stands_in_as_member_and_as_judge(data, model_folder, encoder
     assert np.isfinite(json.loads((out / "evaluation" / "summary.json").read_text())["judge"]["heldout_accuracy"])
 
 
-def test_no_member_is_trained_on_an_encoder(data, model_folder, encoder_folder, tmp_path):  # noqa: F811
+def test_no_member_is_trained_on_an_encoder(data, model_folder, encoder_folder, tmp_path):
     options = {"reward.hold": "lora", "reward.models": f"[{encoder_folder}]"}
     with pytest.raises(ConfigError, match=r"is an encoder.*reward\.pretrained"):
         pipeline.run(small(data, model_folder, tmp_path / "run", methods="[d-dpo]", **options), until="reward")

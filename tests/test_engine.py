@@ -18,8 +18,8 @@ from prefdistill.evaluation import engine, sampling
 from prefdistill.evaluation.engine import VLLMEngine, check_vllm
 from prefdistill.evaluation.sampling import SamplingOptions, sample
 from prefdistill.training.trees import TreeTrainer
-from test_pipeline import data, model_folder, small  # noqa: F401
 from tiny_models import save_some_adapter, tiny
+from tiny_runs import small
 
 PROMPTS = [(5, 6, 7, 8, 9, 10, 11, 12, 13), (9,), (20, 21, 22)]
 GREEDY = SamplingOptions(max_new_tokens=12, temperature=0)
@@ -153,7 +153,7 @@ def test_a_response_that_ended_in_another_way_is_refused(ids, reason, vllm, fold
         policy.sample(PROMPTS, n=1, end_ids=[2], options=GREEDY)
 
 
-def test_options_are_checked_before_anything_is_written(data, model_folder, tmp_path, capsys, vllm, monkeypatch):  # noqa: F811
+def test_options_are_checked_before_anything_is_written(data, model_folder, tmp_path, capsys, vllm, monkeypatch):
     def said(*flags):
         out = tmp_path / "out"
         flags = ["run", "--data", str(data), "--model", str(model_folder), "--output-dir", str(out), *flags]
@@ -187,7 +187,7 @@ def samples(out):
     return read, (out / "policy" / "dp-dpo" / "checkpoints.json").read_text()
 
 
-def test_a_run_samples_by_vllm_alone_and_trains_without_it(vllm, data, model_folder, tmp_path, monkeypatch):  # noqa: F811
+def test_a_run_samples_by_vllm_alone_and_trains_without_it(vllm, data, model_folder, tmp_path, monkeypatch):
     real, steps = TreeTrainer.training_step, []
 
     def step(self, *arguments, **options):
@@ -210,7 +210,7 @@ def test_a_run_samples_by_vllm_alone_and_trains_without_it(vllm, data, model_fol
         pipeline.run(own)
 
 
-def test_a_stopped_sampling_goes_on(vllm, data, model_folder, tmp_path, monkeypatch):  # noqa: F811
+def test_a_stopped_sampling_goes_on(vllm, data, model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "REQUESTS_AT_ONCE", 4)
     pipeline.run(small(data, model_folder, tmp_path / "whole", **RUN))
     whole = list(vllm.asked)
@@ -233,7 +233,7 @@ def test_a_stopped_sampling_goes_on(vllm, data, model_folder, tmp_path, monkeypa
     assert sorted(vllm.asked) == sorted(whole), "what was drawn before a stop was drawn again"
 
 
-def test_an_adapter_is_put_together_for_vllm(vllm, data, model_folder, tmp_path):  # noqa: F811
+def test_an_adapter_is_put_together_for_vllm(vllm, data, model_folder, tmp_path):
     """vLLM reads plain folders; the policy may be an adapter."""
     save_some_adapter(model_folder, tmp_path / "adapter")
     drawn = {}

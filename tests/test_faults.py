@@ -23,12 +23,12 @@ from prefdistill.stages import members, rewards
 from prefdistill.stages.run import Run
 from prefdistill.training.callbacks import ProgressCallback
 from prefdistill.training.checkpoints import last_checkpoint
-from test_pipeline import data, model_folder, rows, small  # noqa: F401
 from tiny_models import save_some_adapter, tiny
+from tiny_runs import rows, small
 from tiny_tokenizers import gpt2, llama3
 
 
-def test_an_end_token_inside_a_text_is_a_bad_row(tmp_path, model_folder):  # noqa: F811
+def test_an_end_token_inside_a_text_is_a_bad_row(tmp_path, model_folder):
     """A policy would stop there: the row is named, or dropped with its reason."""
     path = tmp_path / "pairs.jsonl"
     lines = rows()
@@ -43,7 +43,7 @@ def test_an_end_token_inside_a_text_is_a_bad_row(tmp_path, model_folder):  # noq
     assert "end token" in dropped["reason"]
 
 
-def test_demonstrations_that_do_not_fit_are_counted(tmp_path, model_folder, capsys):  # noqa: F811
+def test_demonstrations_that_do_not_fit_are_counted(tmp_path, model_folder, capsys):
     path = tmp_path / "pairs.jsonl"
     demos = [{**r, "demo": " red" * (60 if i % 2 else 2)} for i, r in enumerate(rows())]
     path.write_text("".join(json.dumps(r) + "\n" for r in demos), encoding="utf-8")
@@ -55,7 +55,7 @@ def test_demonstrations_that_do_not_fit_are_counted(tmp_path, model_folder, caps
     assert f"supervised start on {len(groups) - long} prompts, {long} demonstrations left out as too long" in said
 
 
-def test_other_weights_under_the_same_name_are_noticed(data, model_folder, tmp_path, capsys):  # noqa: F811
+def test_other_weights_under_the_same_name_are_noticed(data, model_folder, tmp_path, capsys):
     """A ready member, which is the judge too, is trained again in its place: what hangs on it is done again."""
     first, member = tmp_path / "first", tmp_path / "first" / "reward" / "member-0"
     pipeline.run(small(data, model_folder, first, methods="[d-dpo]"), until="reward")
@@ -74,7 +74,7 @@ def test_other_weights_under_the_same_name_are_noticed(data, model_folder, tmp_p
     assert json.loads((tmp_path / "run" / "evaluation" / "scores.json").read_text()) != scores
 
 
-def test_data_under_the_home_folder_are_noticed_too(data, model_folder, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_data_under_the_home_folder_are_noticed_too(data, model_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     config = small("~/pairs.jsonl", model_folder, tmp_path / "run", methods="[dpo]")
     pipeline.run(config, until="data")
@@ -83,7 +83,7 @@ def test_data_under_the_home_folder_are_noticed_too(data, model_folder, tmp_path
     assert sum(len(g.pairs) for g in read_groups(tmp_path / "run" / "data" / "prompts.parquet")) == 24
 
 
-def test_samples_longer_than_the_datas_bound_are_judged(data, model_folder, tmp_path):  # noqa: F811
+def test_samples_longer_than_the_datas_bound_are_judged(data, model_folder, tmp_path):
     out = tmp_path / "run"
     options = {"dataset.max_response_tokens": 40, "evaluate.max_new_tokens": 60}
     config = small(data, model_folder, out, methods="[dpo]", **options)
@@ -94,7 +94,7 @@ def test_samples_longer_than_the_datas_bound_are_judged(data, model_folder, tmp_
     assert [len(s) for s in scores["reference"]] == [2] * len(drawn)
 
 
-def test_columns_in_another_folder_are_computed_there(data, model_folder, tmp_path):  # noqa: F811
+def test_columns_in_another_folder_are_computed_there(data, model_folder, tmp_path):
     out, shared = tmp_path / "run", tmp_path / "shared"
     pipeline.run(small(data, model_folder, out, methods="[d-dpo]"), until="score")
     config = small(data, model_folder, out, methods="[d-dpo]", **{"score.columns": shared})
@@ -106,7 +106,7 @@ def test_columns_in_another_folder_are_computed_there(data, model_folder, tmp_pa
     assert list(shared.glob("reference-logps-*/shard-*")), "columns that were removed are computed again"
 
 
-def test_an_adapter_as_the_policy(data, model_folder, tmp_path):  # noqa: F811
+def test_an_adapter_as_the_policy(data, model_folder, tmp_path):
     """Heads on it, and the judge, keep its weights; what is saved loads whole."""
     save_some_adapter(model_folder, tmp_path / "adapter")
     out = tmp_path / "run"
@@ -127,7 +127,7 @@ def test_an_adapter_as_the_policy(data, model_folder, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("other", [False, True])
-def test_members_read_the_same_tokens_in_training_and_in_scoring(other, data, model_folder, tmp_path, monkeypatch):  # noqa: F811
+def test_members_read_the_same_tokens_in_training_and_in_scoring(other, data, model_folder, tmp_path, monkeypatch):
     """Members on another base: its tokenizer alike or not, prompts are cut as the run's are."""
     base = tmp_path / "base"
     tokenizer = llama3() if other else gpt2()
@@ -207,7 +207,7 @@ def test_a_damaged_checkpoint_is_named_and_not_read(damage, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("stage", ["sample", "evaluate"])
-def test_a_stopped_sampling_goes_on_after_its_last_batch(stage, data, model_folder, tmp_path, monkeypatch):  # noqa: F811
+def test_a_stopped_sampling_goes_on_after_its_last_batch(stage, data, model_folder, tmp_path, monkeypatch):
     """What was drawn is not drawn again, and the samples are those of a run that nobody stopped."""
     options = {"methods": "[dp-dpo]", "score.token_budget": 40, "evaluate.temperature": 0.7}
     whole, stopped = (small(data, model_folder, tmp_path / name, **options) for name in ("whole", "stopped"))
@@ -254,7 +254,7 @@ def test_a_stopped_sampling_goes_on_after_its_last_batch(stage, data, model_fold
         ("judge", {"reward.hold": "full", "methods": "[dpo]"}),
     ],
 )
-def test_every_training_goes_on_from_its_checkpoint(until, options, data, model_folder, tmp_path, monkeypatch):  # noqa: F811
+def test_every_training_goes_on_from_its_checkpoint(until, options, data, model_folder, tmp_path, monkeypatch):
     """Supervised start, members and judge: stopped in the middle, their weights are those of a run nobody stopped."""
     real_arguments, real_step, steps = Run.training_arguments, ProgressCallback.on_step_end, []
 
@@ -282,7 +282,7 @@ def test_every_training_goes_on_from_its_checkpoint(until, options, data, model_
         assert (tmp_path / "whole" / path).read_bytes() == (tmp_path / "stopped" / path).read_bytes(), path
 
 
-def test_two_runs_into_one_directory(data, model_folder, tmp_path):  # noqa: F811
+def test_two_runs_into_one_directory(data, model_folder, tmp_path):
     """The second is told who holds it and touches nothing; a holder that was killed holds nothing."""
     out = tmp_path / "run"
     code = (
@@ -302,7 +302,7 @@ def test_two_runs_into_one_directory(data, model_folder, tmp_path):  # noqa: F81
 
 
 @pytest.mark.parametrize("damaged", ["policy/dpo/model.safetensors", "data/prompts.parquet", "evaluation/summary.json"])
-def test_a_flipped_bit_in_what_is_done_is_found(damaged, data, model_folder, tmp_path, caplog):  # noqa: F811
+def test_a_flipped_bit_in_what_is_done_is_found(damaged, data, model_folder, tmp_path, caplog):
     """The file is named, its stage runs again, and the run comes out as it was."""
     config = small(data, model_folder, tmp_path / "run", methods="[dpo]")
     pipeline.run(config)
@@ -317,7 +317,7 @@ def test_a_flipped_bit_in_what_is_done_is_found(damaged, data, model_folder, tmp
     assert any(str(file) in r.getMessage() and "is not as it was written" in r.getMessage() for r in caplog.records)
 
 
-def test_a_flipped_bit_in_a_column_is_computed_again(data, model_folder, tmp_path, caplog):  # noqa: F811
+def test_a_flipped_bit_in_a_column_is_computed_again(data, model_folder, tmp_path, caplog):
     config = small(data, model_folder, tmp_path / "run", methods="[d-dpo]")
     pipeline.run(config, until="score")
     scored = (tmp_path / "run" / "data" / "scored.parquet").read_bytes()
@@ -332,7 +332,7 @@ def test_a_flipped_bit_in_a_column_is_computed_again(data, model_folder, tmp_pat
     assert all(any(str(s) in r.getMessage() for r in caplog.records) for s in shards)
 
 
-def test_a_damaged_backbone_that_heads_share_is_written_again(data, model_folder, tmp_path, caplog):  # noqa: F811
+def test_a_damaged_backbone_that_heads_share_is_written_again(data, model_folder, tmp_path, caplog):
     """It stayed as it was, and heads that were made again were linked to it: its checksum became theirs."""
     config = small(data, model_folder, tmp_path / "run", methods="[d-dpo]")
     pipeline.run(config, until="reward")
@@ -349,7 +349,7 @@ def test_a_damaged_backbone_that_heads_share_is_written_again(data, model_folder
 
 
 @pytest.mark.parametrize("change", [('"cost": 0.1', '"cost": 0.3'), ('"version": 1', '"version": 3'), ("{", "[")])
-def test_a_changed_manifest_is_refused(change, data, model_folder, tmp_path):  # noqa: F811
+def test_a_changed_manifest_is_refused(change, data, model_folder, tmp_path):
     """Also where it is JSON still: what it says of a stage would be believed. The remedy computes the run again."""
     config = small(data, model_folder, tmp_path / "run", methods="[dpo]")
     pipeline.run(config, until="data")
@@ -365,7 +365,7 @@ def test_a_changed_manifest_is_refused(change, data, model_folder, tmp_path):  #
     assert pairs.read_bytes() == whole
 
 
-def test_a_file_that_is_gone_is_named(data, model_folder, tmp_path, caplog):  # noqa: F811
+def test_a_file_that_is_gone_is_named(data, model_folder, tmp_path, caplog):
     config = small(data, model_folder, tmp_path / "run", methods="[dpo]")
     pipeline.run(config, until="data")
     pairs = tmp_path / "run" / "data" / "prompts.parquet"
@@ -379,7 +379,7 @@ def test_a_file_that_is_gone_is_named(data, model_folder, tmp_path, caplog):  # 
 @pytest.mark.parametrize(
     "kept", ["", "{}", "[]", '{"precision": "float3"}', '{"precision": {}}', '{"precision": "auto"}']
 )
-def test_a_damaged_precision_is_measured_again(kept, data, model_folder, tmp_path, capsys):  # noqa: F811
+def test_a_damaged_precision_is_measured_again(kept, data, model_folder, tmp_path, capsys):
     run = Run(small(data, model_folder, tmp_path / "run", methods="[dpo]", precision="auto"))
     chosen = run.precision
     (tmp_path / "run" / "precision.json").write_text(kept)

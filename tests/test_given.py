@@ -13,7 +13,7 @@ from prefdistill.errors import ConfigError, DataError
 from prefdistill.stages.distill import examples_of
 from prefdistill.stages.run import Run
 from prefdistill.training.distill import join_columns, with_pairs
-from test_pipeline import model_folder, rows, small  # noqa: F401
+from tiny_runs import rows, small
 
 GIVEN = {"reward.given": "score", "reward.members": 0}
 
@@ -33,7 +33,7 @@ def file_of(folder, made):
     return path
 
 
-def test_every_response_gets_the_rewards_of_its_row(model_folder, tmp_path):  # noqa: F811
+def test_every_response_gets_the_rewards_of_its_row(model_folder, tmp_path):
     made = scored_rows()
     config = small(file_of(tmp_path, made), model_folder, tmp_path / "run", methods="[dpo,e-dpo]", **GIVEN)
     pipeline.run(config)
@@ -59,7 +59,7 @@ def test_every_response_gets_the_rewards_of_its_row(model_folder, tmp_path):  # 
     assert "given: score" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
 
 
-def test_a_runs_own_columns_give_the_policy_that_its_members_gave(model_folder, tmp_path):  # noqa: F811
+def test_a_runs_own_columns_give_the_policy_that_its_members_gave(model_folder, tmp_path):
     """scored.parquet is data with rewards: distilled again, the labelled pairs lead to the same policy."""
     common = {"methods": "[e-dpo]", "distill.pairs": "labelled", "distill.kl_alpha": 0, "distill.logging_steps": 1}
     first = small(file_of(tmp_path, rows()), model_folder, tmp_path / "one", **common, **{"reward.members": 2})
@@ -93,7 +93,7 @@ def test_a_runs_own_columns_give_the_policy_that_its_members_gave(model_folder, 
         ),
     ],
 )
-def test_bad_rewards_are_named_and_can_be_dropped(change, said, model_folder, tmp_path):  # noqa: F811
+def test_bad_rewards_are_named_and_can_be_dropped(change, said, model_folder, tmp_path):
     made = scored_rows()
     change(made)
     config = small(file_of(tmp_path, made), model_folder, tmp_path / "run", methods="[d-dpo]", **GIVEN)
@@ -119,7 +119,7 @@ def test_bad_rewards_are_named_and_can_be_dropped(change, said, model_folder, tm
         ({**GIVEN, "distill.members": "[-1]"}, "distill.members names -1"),
     ],
 )
-def test_what_given_rewards_cannot_do_is_said(options, said, model_folder, tmp_path):  # noqa: F811
+def test_what_given_rewards_cannot_do_is_said(options, said, model_folder, tmp_path):
     config = small(
         file_of(tmp_path, scored_rows()), model_folder, tmp_path / "run", **{"methods": "[e-dpo]", **options}
     )
@@ -127,7 +127,7 @@ def test_what_given_rewards_cannot_do_is_said(options, said, model_folder, tmp_p
         pipeline.run(config)
 
 
-def test_a_member_that_the_data_does_not_have(model_folder, tmp_path):  # noqa: F811
+def test_a_member_that_the_data_does_not_have(model_folder, tmp_path):
     options = {**GIVEN, "methods": "[e-dpo]", "distill.members": "[0,2]"}
     config = small(file_of(tmp_path, scored_rows()), model_folder, tmp_path / "run", **options)
     with pytest.raises(ConfigError, match="names 2; the data has rewards of 2 members"):

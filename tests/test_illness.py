@@ -10,7 +10,7 @@ import pytest
 
 from prefdistill import pipeline
 from prefdistill.cli import main
-from test_pipeline import WORDS, model_folder, small  # noqa: F401
+from tiny_runs import WORDS, small
 
 COLOURS = {"red", "green", "blue"}
 
@@ -88,7 +88,7 @@ def diagnosed(root, capsys) -> tuple[int, dict]:
 
 
 @pytest.fixture(scope="module")
-def labelled(model_folder, tmp_path_factory):  # noqa: F811
+def labelled(model_folder, tmp_path_factory):
     """One run: dpo at a rate that ruins it, e-dpo that may not move, dp-dpo as it should be."""
     folder = tmp_path_factory.mktemp("labelled")
     per_method = {
@@ -133,7 +133,7 @@ def test_what_the_command_and_the_report_say(labelled, capsys):
     assert f"All {len(found)} checks" in report
 
 
-def test_members_that_learnt_length_and_nothing_else(model_folder, tmp_path, capsys):  # noqa: F811
+def test_members_that_learnt_length_and_nothing_else(model_folder, tmp_path, capsys):
     """Labels of a coin, every member on a resample that prefers the longer response."""
     out = tmp_path / "run"
     options = {"methods": "[d-dpo]", "reward.resample": "length-bias", "reward.rho": "[0.95,0.9]", "reward.members": 2}
@@ -145,7 +145,7 @@ def test_members_that_learnt_length_and_nothing_else(model_folder, tmp_path, cap
     assert {found["weak reward model", f"member {k}"]["state"] for k in range(2)} == {"ill"}
 
 
-def test_rewards_of_what_no_label_was_like(model_folder, tmp_path, capsys):  # noqa: F811
+def test_rewards_of_what_no_label_was_like(model_folder, tmp_path, capsys):
     """The labelled responses end alike, the policy's do not."""
     data = pairs(tmp_path / "pairs.jsonl", prompts=100, odds=4.0, response=formula)
     options = {"methods": "[d-dpo]", "reward.hold": "head", "sft.enabled": False, "dataset.both_orders": "keep"}

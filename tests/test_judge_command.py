@@ -17,13 +17,13 @@ from prefdistill import pipeline
 from prefdistill.cli import main, opened
 from prefdistill.manifest import Manifest
 from prefdistill.stages.report import make_report
-from test_pipeline import data, model_folder, rows, small  # noqa: F401
 from tiny_models import tiny
+from tiny_runs import rows, small
 from tiny_tokenizers import llama3
 
 
 @pytest.fixture(scope="module")
-def evaluated(tmp_path_factory, model_folder):  # noqa: F811
+def evaluated(tmp_path_factory, model_folder):
     folder = tmp_path_factory.mktemp("judged")
     (folder / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows()), encoding="utf-8")
     pipeline.run(small(folder / "pairs.jsonl", model_folder, folder / "run", methods="[dpo]"))
@@ -36,7 +36,7 @@ def run_folder(evaluated, tmp_path):
     return Path(shutil.copytree(evaluated, tmp_path / "run"))
 
 
-def test_the_command_judges_a_run(data, model_folder, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_the_command_judges_a_run(data, model_folder, tmp_path, monkeypatch, capsys):
     """The longer response wins at this server: what comes out is counted again from the samples themselves."""
     out = tmp_path / "run"
     pipeline.run(small(data, model_folder, out, methods="[dpo,ipo]"))
@@ -61,7 +61,7 @@ def test_the_command_judges_a_run(data, model_folder, tmp_path, monkeypatch, cap
     assert rate == pytest.approx(longer_share(out), abs=1e-12)
 
 
-def test_the_report_tells_what_the_language_model_prefers(data, model_folder, tmp_path, capsys):  # noqa: F811
+def test_the_report_tells_what_the_language_model_prefers(data, model_folder, tmp_path, capsys):
     """For the samples that it saw; the run stays done, and other samples are not told of by it."""
     out = tmp_path / "run"
     pipeline.run(small(data, model_folder, out, methods="[dpo]"))
@@ -186,14 +186,14 @@ def longer_share(out) -> float:
         (["RUN", "--model", "m"], "no samples of reference; evaluate it first"),
     ],
 )
-def test_wrong_calls_say_what_to_do(flags, said, data, model_folder, tmp_path, capsys):  # noqa: F811
+def test_wrong_calls_say_what_to_do(flags, said, data, model_folder, tmp_path, capsys):
     out = tmp_path / "run"
     pipeline.run(small(data, model_folder, out, methods="[dpo]"), until="data")
     assert main(["judge", *(str(out) if f == "RUN" else f for f in flags)]) == 2
     assert said in capsys.readouterr().err
 
 
-def test_a_key_is_asked_for(data, model_folder, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_key_is_asked_for(data, model_folder, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     pipeline.run(small(data, model_folder, out, methods="[dpo]"))
     for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):

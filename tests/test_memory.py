@@ -11,8 +11,8 @@ from prefdistill.errors import ConfigError
 from prefdistill.models import memory
 from prefdistill.models.forward import TreeModel
 from prefdistill.models.memory import activation_bytes, needs_checkpointing, step_bytes
-from test_pipeline import data, model_folder, small  # noqa: F401
 from tiny_models import tiny
+from tiny_runs import small
 
 TREES = [Tree(tuple(range(3, 43)), (tuple(range(50, 60)), tuple(range(60, 70)))) for _ in range(3)]
 
@@ -83,8 +83,8 @@ def test_free_memory_is_within_the_containers(monkeypatch, tmp_path):
 
 
 def test_a_run_that_is_short_of_memory_says_so_and_comes_out_the_same(
-    data,  # noqa: F811
-    model_folder,  # noqa: F811
+    data,
+    model_folder,
     tmp_path,
     capsys,
     monkeypatch,
@@ -100,6 +100,6 @@ def test_a_run_that_is_short_of_memory_says_so_and_comes_out_the_same(
     assert weights[0] == weights[1]
 
 
-def test_a_wrong_word_is_refused(data, model_folder, tmp_path):  # noqa: F811
+def test_a_wrong_word_is_refused(data, model_folder, tmp_path):
     with pytest.raises(ConfigError, match="gradient_checkpointing is 'often'; it must be one of auto, always, never"):
         pipeline.run(small(data, model_folder, tmp_path, gradient_checkpointing="often"))

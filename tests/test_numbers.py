@@ -21,7 +21,6 @@ from prefdistill.training.distill import DistillExample, DistillTrainer
 from prefdistill.training.sft import SFTTrainer
 from prefdistill.training.trees import TreeTrainer
 from test_distill import config, examples_near, policy
-from test_pipeline import data, model_folder  # noqa: F401
 from tiny_tokenizers import chatml
 
 ONE = {"per_device_train_batch_size": 1, "max_steps": 4, "warmup_steps": 0}
@@ -120,7 +119,7 @@ def test_columns_that_are_given_must_be_finite(bad, column):
         DistillExample(tree, logps, rewards, ((0, 1),), name="my prompt")
 
 
-def test_the_command_says_so_and_ends_with_2(data, model_folder, tmp_path, capsys):  # noqa: F811
+def test_the_command_says_so_and_ends_with_2(data, model_folder, tmp_path, capsys):
     flags = ["--data", str(data), "--model", str(model_folder), "--output-dir", str(tmp_path / "run")]
     flags += ["--methods", "dpo", "--precision", "float32", "--distill.learning_rate", "1e30"]
     flags += ["--distill.training_arguments", "{max_grad_norm: 0}", "--distill.warmup_fraction", "0"]
@@ -135,7 +134,7 @@ def test_the_command_says_so_and_ends_with_2(data, model_folder, tmp_path, capsy
 
 
 @pytest.mark.parametrize("stage", ["start", "reference"])
-def test_prompts_are_named_by_their_words_in_every_stage(stage, data, model_folder, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_prompts_are_named_by_their_words_in_every_stage(stage, data, model_folder, tmp_path, capsys, monkeypatch):
     flags = ["--data", str(data), "--model", str(model_folder), "--output-dir", str(tmp_path / "run")]
     flags += ["--methods", "dpo", "--precision", "float32", "--sft.enabled", str(stage == "start").lower()]
     if stage == "start":

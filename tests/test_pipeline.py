@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import re
 import subprocess
 import sys
@@ -13,54 +12,15 @@ import pytest
 import torch
 import transformers
 
-from prefdistill import RunConfig, pipeline
+from prefdistill import pipeline
 from prefdistill.cli import main, parse
 from prefdistill.errors import ConfigError, DataError
 from prefdistill.manifest import Manifest
 from prefdistill.stages import prepare
 from prefdistill.training.callbacks import ProgressCallback
-from tiny_models import tiny
-from tiny_tokenizers import gpt2
+from tiny_runs import rows, small
 
-WORDS = ["red", "green", "blue", "round", "square", "small", "large", "old", "new", "bright", "dark", "soft", "hard"]
 CONTRACT = {"advantage", "win_rate", "kl_policy_ref", "kl_ref_policy", "length_mean", "chosen_logp_change"}
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = gpt2()
-    model = tiny("llama", vocab_size=len(tokenizer), pad_token_id=None, eos_token_id=tokenizer.eos_token_id)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def rows(n: int = 30, seed: int = 0) -> list[dict]:
-    draw = random.Random(seed)
-    text = lambda k: " " + " ".join(draw.choices(WORDS, k=k))  # noqa: E731
-    return [{"prompt": f"Describe{text(4)}:", "chosen": text(4), "rejected": text(6)} for _ in range(n)]
-
-
-@pytest.fixture
-def data(tmp_path):
-    path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows()), encoding="utf-8")
-    return path
-
-
-def small(data, model_folder, out, **sections) -> RunConfig:
-    flags = {
-        "data": data,
-        "model": model_folder,
-        "output_dir": out,
-        "precision": "float32",
-        "evaluate.max_new_tokens": 6,
-        "sample.max_new_tokens": 6,
-        "evaluate.chosen_prompts": 4,
-        **sections,
-    }
-    return parse("run", [f"--{k}={v}" for k, v in flags.items()])
 
 
 def test_every_stage_says_how_long_is_left(data, model_folder, tmp_path, capsys, monkeypatch):

@@ -9,8 +9,8 @@ import pytest
 from prefdistill import pipeline
 from prefdistill.data.plain_prompts import PlainPrompts
 from prefdistill.data.table import PromptGroup, Response
-from test_pipeline import data, model_folder, small  # noqa: F401
 from tiny_models import tiny
+from tiny_runs import small
 from tokenizer_makes import CHATS, TOKENIZERS, encoder
 
 ASKED = "Name a river in Egypt."
@@ -62,7 +62,7 @@ def test_prompts_that_run_into_their_responses():
     assert warned("gpt2", [(ASKED, "The Nile."), *[(ASKED, " The Nile.")] * 2]) == [], "a third of them may be meant"
 
 
-def test_a_run_says_it(data, model_folder, tmp_path, capsys):  # noqa: F811
+def test_a_run_says_it(data, model_folder, tmp_path, capsys):
     pairs = tmp_path / "joined.jsonl"
     pairs.write_text(data.read_text(encoding="utf-8").replace('"chosen": " ', '"chosen": "'), encoding="utf-8")
     pipeline.run(small(pairs, model_folder, tmp_path / "run", methods="[dpo]"), until="data")
@@ -73,7 +73,7 @@ def test_a_run_says_it(data, model_folder, tmp_path, capsys):  # noqa: F811
     assert [c["plain_prompts"]["run_into_response"] for c in counts] == [30, 0]
 
 
-def test_a_run_of_a_chat_model_says_it(data, tmp_path, capsys):  # noqa: F811
+def test_a_run_of_a_chat_model_says_it(data, tmp_path, capsys):
     tokenizer = TOKENIZERS["smollm2"]()
     for saved in (tiny("llama", vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id), tokenizer):
         saved.save_pretrained(tmp_path / "model")

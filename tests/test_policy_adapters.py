@@ -11,9 +11,9 @@ from peft import AutoPeftModelForCausalLM
 
 from prefdistill import pipeline
 from prefdistill.cli import main
-from test_pipeline import data, model_folder, small  # noqa: F401
 from test_quantise import model_folder as wide_folder  # noqa: F401
 from tiny_models import save_some_adapter
+from tiny_runs import small
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "qlora", "qdora"])
@@ -56,7 +56,7 @@ def test_a_policy_saved_as_an_adapter_is_the_merged_one(kind, data, wide_folder,
     assert "a folder of this machine" in capsys.readouterr().err
 
 
-def test_an_adapter_stands_on_no_adapter(data, model_folder, tmp_path, capsys):  # noqa: F811
+def test_an_adapter_stands_on_no_adapter(data, model_folder, tmp_path, capsys):
     save_some_adapter(model_folder, tmp_path / "start")
     flags = ["--data", str(data), "--model", str(tmp_path / "start"), "--output-dir", str(tmp_path / "run")]
     assert main(["run", *flags, "--methods", "dpo", "--distill.adapters", "true"]) == 2

@@ -27,7 +27,7 @@ from prefdistill.cli import parse
 from prefdistill.errors import ConfigError
 from prefdistill.stages.bases import new_policy
 from prefdistill.stages.run import Run
-from test_pipeline import data, model_folder, rows, small  # noqa: F401
+from tiny_runs import rows, small
 
 HERE = Path(__file__).parent
 EXAMPLES = HERE.parent / "examples"
@@ -137,7 +137,7 @@ def flags_of_run(folder: Path, model: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, model_folder):  # noqa: F811
+def made(tmp_path_factory, model_folder):
     folder = tmp_path_factory.mktemp("runs")
     return folder, flags_of_run(folder, model_folder)
 
@@ -373,7 +373,7 @@ def test_zero3_takes_the_steps_of_one_process(rank, runs, tmp_path):
         torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-5)
 
 
-def test_what_is_sharded_is_never_whole_on_a_device(data, model_folder, tmp_path, monkeypatch):  # noqa: F811
+def test_what_is_sharded_is_never_whole_on_a_device(data, model_folder, tmp_path, monkeypatch):
     """The example's policy waits in the host's memory; a run's own goes to the run's device."""
     job = Run(small(data, model_folder, tmp_path / "run", methods="[dpo]"))
     monkeypatch.setattr(Run, "device", torch.device("meta"))
@@ -386,7 +386,7 @@ def test_what_is_sharded_is_never_whole_on_a_device(data, model_folder, tmp_path
     assert "on_host=True" in (EXAMPLES / "distributed.py").read_text(encoding="utf-8")
 
 
-def test_what_a_launch_cannot_do_is_said(data, model_folder, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_what_a_launch_cannot_do_is_said(data, model_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ConfigError, match=r"shards them .FSDP"):

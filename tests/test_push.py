@@ -16,13 +16,11 @@ from prefdistill import pipeline
 from prefdistill.cli import main
 from prefdistill.errors import ConfigError
 from prefdistill.lock import held
-from test_pipeline import data, model_folder, small  # noqa: F401
+from tiny_runs import rows, small
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory, model_folder):  # noqa: F811
-    from test_pipeline import rows
-
+def done(tmp_path_factory, model_folder):
     folder = tmp_path_factory.mktemp("push")
     path = folder / "pairs.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in rows()), encoding="utf-8")

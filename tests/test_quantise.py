@@ -19,7 +19,6 @@ from prefdistill.models.merging import is_4bit, merged, written_out
 from prefdistill.models.quantise import check_4bit, in_4bit, load_policy_4bit, new_classifier_4bit
 from prefdistill.training.distill import DistillConfig, DistillExample, DistillTrainer
 from prefdistill.training.reward import RewardExample, RewardTrainer
-from test_pipeline import data, small  # noqa: F401
 from test_reward import EXAMPLES, arguments
 from tiny_models import QUIET, letters_tokenizer, tiny
 from tiny_tokenizers import gpt2
@@ -87,7 +86,7 @@ def test_only_what_a_run_trains_asks_for_4_bits():
     assert asked("--methods=[dpo, mine]", own) == ["distill.load_in_4bit"]
 
 
-def test_without_bitsandbytes_nothing_is_written(data, model_folder, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_without_bitsandbytes_nothing_is_written(data, model_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(quantise, "is_bitsandbytes_available", lambda: False)
     flags = ["--data", str(data), "--model", str(model_folder), "--output-dir", str(tmp_path / "out")]
     assert main(["run", *flags, "--distill.load_in_4bit", "true"]) == 2

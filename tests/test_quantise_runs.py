@@ -17,8 +17,8 @@ from prefdistill.seals import checksum
 from prefdistill.stages.bases import rounded_reference_column
 from prefdistill.stages.reference import reference_columns
 from prefdistill.stages.run import Run
-from test_pipeline import data, small  # noqa: F401
 from test_quantise import CPU, bnb, model_folder  # noqa: F401
+from tiny_runs import small
 
 
 def test_a_run_on_the_rounded_reference(bnb, data, model_folder, tmp_path, capsys):  # noqa: F811

@@ -18,9 +18,9 @@ from prefdistill.errors import ConfigError, PrefdistillError
 from prefdistill.evaluation.judges import load_oracle
 from prefdistill.models.adapters import Classifiers
 from prefdistill.models.loading import load_classifier, load_policy, new_classifier
-from test_pipeline import data, model_folder, rows, small  # noqa: F401
 from test_report import _replaced, full_run, write_report
 from tiny_models import save_some_adapter
+from tiny_runs import rows, small
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 ATTACK = (
@@ -52,7 +52,7 @@ def test_hostile_text_is_dead_in_a_browser(escaped, tmp_path):
 
 
 @pytest.mark.parametrize("load", [load_policy, load_classifier, lambda name: new_classifier(name, 0)])
-def test_pickled_weights_are_not_read(load, model_folder, tmp_path):  # noqa: F811
+def test_pickled_weights_are_not_read(load, model_folder, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(model_folder, folder)
     weights = folder / "model.safetensors"
@@ -70,7 +70,7 @@ def test_pickled_weights_are_not_read(load, model_folder, tmp_path):  # noqa: F8
 
 @pytest.mark.parametrize("pickled", ["adapter", "base"])
 @pytest.mark.parametrize("load", [load_policy, Classifiers().load])
-def test_pickled_weights_of_an_adapter_are_not_read(load, pickled, model_folder, tmp_path):  # noqa: F811
+def test_pickled_weights_of_an_adapter_are_not_read(load, pickled, model_folder, tmp_path):
     """Neither its own nor those of the base that it names; nor does a base that is gone give a traceback."""
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     shutil.copytree(model_folder, base)
@@ -107,7 +107,7 @@ def test_pickled_weights_of_an_adapter_are_not_read(load, pickled, model_folder,
         ),
     ],
 )
-def test_secrets_are_no_options(flags, named, data, model_folder, tmp_path, capsys):  # noqa: F811
+def test_secrets_are_no_options(flags, named, data, model_folder, tmp_path, capsys):
     out = tmp_path / "run"
     assert main(["run", "--data", str(data), "--model", str(model_folder), "--output-dir", str(out), *flags]) == 2
     said = capsys.readouterr().err
@@ -116,7 +116,7 @@ def test_secrets_are_no_options(flags, named, data, model_folder, tmp_path, caps
     assert not out.exists()
 
 
-def test_a_models_own_code_is_not_run(data, model_folder, tmp_path):  # noqa: F811
+def test_a_models_own_code_is_not_run(data, model_folder, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(model_folder, folder)
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Model: pass\n")
@@ -136,7 +136,7 @@ def test_a_configuration_makes_no_objects(tmp_path, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_a_chat_template_is_in_a_sandbox(model_folder, tmp_path, capsys):  # noqa: F811
+def test_a_chat_template_is_in_a_sandbox(model_folder, tmp_path, capsys):
     folder, path = tmp_path / "model", tmp_path / "pairs.jsonl"
     shutil.copytree(model_folder, folder)
     template = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
@@ -161,7 +161,7 @@ def test_a_chat_template_is_in_a_sandbox(model_folder, tmp_path, capsys):  # noq
     assert "template" in said
 
 
-def test_no_text_of_the_data_becomes_a_path(model_folder, tmp_path):  # noqa: F811
+def test_no_text_of_the_data_becomes_a_path(model_folder, tmp_path):
     path, out = tmp_path / "pairs.jsonl", tmp_path / "deep" / "run"
     lines = [{**r, "prompt": f"../../{r['prompt']}", "chosen": f"../{r['chosen']}", "id": "/etc/x"} for r in rows()]
     path.write_text("".join(json.dumps(r) + "\n" for r in lines))

@@ -13,7 +13,7 @@ from prefdistill.evaluation import sampling
 from prefdistill.stages import select
 from prefdistill.stages.select import kept_steps
 from prefdistill.training.trees import TreeTrainer
-from test_pipeline import data, model_folder, small  # noqa: F401
+from tiny_runs import small
 
 
 def vowels(rows, responses):
@@ -44,7 +44,7 @@ def test_evenly_spaced_steps_end_at_the_last():
     assert kept_steps(7, 1) == [7]
 
 
-def test_the_checkpoint_is_the_policy_of_that_step_and_the_judges_best(data, model_folder, tmp_path):  # noqa: F811
+def test_the_checkpoint_is_the_policy_of_that_step_and_the_judges_best(data, model_folder, tmp_path):
     out = tmp_path / "run"
     constant = {"lr_scheduler_type": "constant"}
     config = small(data, model_folder, out, methods="[dpo]", **CONSTANT, **{"distill.checkpoints": 3})
@@ -71,7 +71,7 @@ def test_the_checkpoint_is_the_policy_of_that_step_and_the_judges_best(data, mod
     assert "Checkpoint of" in (out / "report.html").read_text(encoding="utf-8")
 
 
-def test_a_stopped_choice_goes_on(data, model_folder, tmp_path, monkeypatch):  # noqa: F811
+def test_a_stopped_choice_goes_on(data, model_folder, tmp_path, monkeypatch):
     def config(out):
         return small(data, model_folder, out, methods="[dpo]", **CONSTANT, **{"distill.checkpoints": 2})
 
@@ -96,7 +96,7 @@ def test_a_stopped_choice_goes_on(data, model_folder, tmp_path, monkeypatch):  #
         assert whole == stopped, name
 
 
-def test_variants_are_rows_of_their_own(data, model_folder, tmp_path):  # noqa: F811
+def test_variants_are_rows_of_their_own(data, model_folder, tmp_path):
     out = tmp_path / "run"
     config = small(data, model_folder, out, methods="[dpo,mild,strong]")
     config.distill.per_method = {
@@ -136,7 +136,7 @@ def test_variants_are_rows_of_their_own(data, model_folder, tmp_path):  # noqa: 
         ({"mine": {"method": "p-dpo", "kl_alpha": float("nan")}}, "must not be negative"),
     ],
 )
-def test_variants_that_cannot_be(variants, said, data, model_folder, tmp_path):  # noqa: F811
+def test_variants_that_cannot_be(variants, said, data, model_folder, tmp_path):
     config = small(data, model_folder, tmp_path / "run", methods="[dpo]")
     config.distill.per_method = variants
     with pytest.raises(ConfigError, match=said):

@@ -15,7 +15,7 @@ from prefdistill.cli import main
 from prefdistill.manifest import Manifest
 from prefdistill.stopping import Terminated, stop_requests
 from prefdistill.training.callbacks import ProgressCallback
-from test_pipeline import data, model_folder, rows, small  # noqa: F401
+from tiny_runs import rows, small
 
 STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
@@ -30,7 +30,7 @@ def heard(monkeypatch):
 
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_run_that_is_told_to_stop(sent, status, data, model_folder, tmp_path):  # noqa: F811
+def test_a_run_that_is_told_to_stop(sent, status, data, model_folder, tmp_path):
     """A clean line and exit status, and the same command goes on to the end."""
     out = tmp_path / "run"
     config = small(data, model_folder, out, methods="[dpo]", **{"distill.epochs": 2000})
@@ -53,7 +53,7 @@ def test_a_run_that_is_told_to_stop(sent, status, data, model_folder, tmp_path):
     assert (out / "policy" / "dpo" / "config.json").exists()
 
 
-def test_every_stage_can_be_stopped(model_folder, tmp_path, monkeypatch, capsys, heard):  # noqa: F811
+def test_every_stage_can_be_stopped(model_folder, tmp_path, monkeypatch, capsys, heard):
     """In its midst and before it is written down, the signals in turn; the run comes out as one that nobody stopped."""
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps({**r, "demo": " red"}) + "\n" for r in rows()), encoding="utf-8")
@@ -123,7 +123,7 @@ def test_every_stage_can_be_stopped(model_folder, tmp_path, monkeypatch, capsys,
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_leaves_a_checkpoint(sent, data, model_folder, tmp_path, monkeypatch, capsys, heard):  # noqa: F811
+def test_a_signal_leaves_a_checkpoint(sent, data, model_folder, tmp_path, monkeypatch, capsys, heard):
     """Of the step under way, from which the same command goes on; the weights are those of a run nobody stopped."""
     options = {"methods": "[d-dpo]", "distill.logging_steps": 50, "distill.save_steps": 50, "distill.epochs": 3}
     whole, stopped = (small(data, model_folder, tmp_path / name, **options) for name in ("whole", "stopped"))

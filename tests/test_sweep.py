@@ -17,7 +17,7 @@ from prefdistill.experiments.search import optuna_search
 from prefdistill.experiments.sweep import Point, chosen_of, frontier, grid, points_of
 from prefdistill.stages import distill as distill_stage
 from prefdistill.training.methods import METHODS, LossOptions, pair_losses, reads
-from test_pipeline import data, model_folder, small  # noqa: F401
+from tiny_runs import small
 
 
 def read(path):
@@ -76,7 +76,7 @@ def test_the_best_of_each_method_is_chosen_and_ties_stay_near_the_reference():
 OPTIONS = {"distill.lora_rank": 2, "distill.learning_rate": 0.01, "reward.members": 2}
 
 
-def flags(data, model, out):  # noqa: F811
+def flags(data, model, out):
     fixed = {"data": data, "model": model, "output_dir": out, "precision": "float32", "distill.checkpoints": 2}
     sizes = {
         "evaluate.max_new_tokens": 6,
@@ -87,7 +87,7 @@ def flags(data, model, out):  # noqa: F811
     return [f"--{k}={v}" for k, v in {**fixed, **sizes, **OPTIONS}.items()]
 
 
-def test_a_sweep_chooses_on_validation_and_tests_the_chosen(data, model_folder, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_sweep_chooses_on_validation_and_tests_the_chosen(data, model_folder, tmp_path, monkeypatch, capsys):
     out = tmp_path / "sweep"
     argv = ["sweep", *flags(data, model_folder, out), "--methods=[dpo,e-dpo]", "--grid", "beta=0.1,0.5"]
     trained = []
@@ -131,7 +131,7 @@ def test_a_sweep_chooses_on_validation_and_tests_the_chosen(data, model_folder, 
     assert capsys.readouterr().err.count("nothing to do") == 2
 
 
-def test_a_list_of_points(data, model_folder, tmp_path):  # noqa: F811
+def test_a_list_of_points(data, model_folder, tmp_path):
     points = tmp_path / "points.yaml"
     points.write_text(yaml.safe_dump([{"method": "dpo"}, {"method": "dpo", "learning_rate": 0.001}]), encoding="utf-8")
     out = tmp_path / "sweep"
@@ -139,7 +139,7 @@ def test_a_list_of_points(data, model_folder, tmp_path):  # noqa: F811
     assert [r["name"] for r in read(out / "sweep.json")["runs"]] == ["dpo", "dpo,learning_rate=0.001"]
 
 
-def test_a_search_proposes_the_same_points_again(data, model_folder, tmp_path, monkeypatch):  # noqa: F811
+def test_a_search_proposes_the_same_points_again(data, model_folder, tmp_path, monkeypatch):
     out = tmp_path / "sweep"
     argv = ["sweep", *flags(data, model_folder, out), "--methods=[dpo,e-dpo]"]
     argv += ["--range", "beta=0.05:1", "--grid", "kl_alpha=0,0.1", "--trials", "2"]
@@ -188,7 +188,7 @@ def test_a_search_goes_where_it_is_good():
         (["--points", "nowhere.yaml", "--grid", "beta=1"], "without --grid"),
     ],
 )
-def test_sweeps_that_cannot_be(argv, said, data, model_folder, tmp_path, capsys):  # noqa: F811
+def test_sweeps_that_cannot_be(argv, said, data, model_folder, tmp_path, capsys):
     out = tmp_path / "sweep"
     assert main(["sweep", *flags(data, model_folder, out), *argv]) == 2
     assert said in capsys.readouterr().err
@@ -212,7 +212,7 @@ def test_lists_that_are_none(rows, said):
         points_of(rows, "points.yaml", config(["dpo"]))
 
 
-def test_a_point_alone_is_the_same_training(data, model_folder, tmp_path):  # noqa: F811
+def test_a_point_alone_is_the_same_training(data, model_folder, tmp_path):
     """A variant of a sweep gives the weights of a plain run with its options."""
     out = tmp_path / "sweep"
     argv = ["sweep", *flags(data, model_folder, out), "--methods=[e-dpo]", "--grid", "beta=0.5"]

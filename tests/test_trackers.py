@@ -9,7 +9,7 @@ import pytest
 from prefdistill import pipeline
 from prefdistill.errors import ConfigError
 from prefdistill.training import trackers
-from test_pipeline import data, model_folder, small  # noqa: F401
+from tiny_runs import small
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +20,7 @@ def unset(monkeypatch):
     monkeypatch.setattr(trackers, "_SET_HERE", set())
 
 
-def test_tensorboard_holds_the_history(data, model_folder, tmp_path):  # noqa: F811
+def test_tensorboard_holds_the_history(data, model_folder, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     out = tmp_path / "run"
@@ -36,7 +36,7 @@ def test_tensorboard_holds_the_history(data, model_folder, tmp_path):  # noqa: F
             assert written == pytest.approx([h[name] for h in history], rel=1e-5)
 
 
-def test_wandb_offline_has_a_run_a_training(data, model_folder, tmp_path, monkeypatch):  # noqa: F811
+def test_wandb_offline_has_a_run_a_training(data, model_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     out = tmp_path / "run"
@@ -56,7 +56,7 @@ def test_a_users_own_place_wins(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_tracker_that_is_not_installed_is_named_before_anything_is_written(data, model_folder, tmp_path):  # noqa: F811
+def test_a_tracker_that_is_not_installed_is_named_before_anything_is_written(data, model_folder, tmp_path):
     with pytest.raises(ConfigError, match="report_to: mlflow needs the package mlflow; pip install mlflow"):
         pipeline.run(small(data, model_folder, tmp_path / "run", methods="[dpo]", report_to="[mlflow]"))
     assert not (tmp_path / "run").exists()

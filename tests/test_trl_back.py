@@ -14,10 +14,10 @@ from trl import DPOConfig, DPOTrainer
 
 from prefdistill import pipeline
 from test_formats import assistant, pair_row, user
-from test_pipeline import data, model_folder, small  # noqa: F401
-from test_pipeline import rows as plain_rows
 from test_trl_data import CHATS
 from tiny_models import tiny
+from tiny_runs import rows as plain_rows
+from tiny_runs import small
 
 
 class WithColumns(DPOTrainer):
@@ -43,7 +43,7 @@ def trainer_on(kind: Any, scored: Dataset, model: Path, folder: Path, **options:
     return kind(model=str(model), args=args, train_dataset=scored)
 
 
-def test_our_columns_and_our_policy_in_trls_trainer(data, model_folder, tmp_path):  # noqa: F811
+def test_our_columns_and_our_policy_in_trls_trainer(data, model_folder, tmp_path):
     """scored.parquet as it is: TRL trains on its reference log-probs without a reference, and finds the same itself.
 
     The policy's folder is the model of such a trainer, its tokenizer too, and it trains there.

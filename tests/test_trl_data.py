@@ -22,7 +22,6 @@ from prefdistill.data.formats import Pair, load_pairs, to_pair
 from prefdistill.data.tokenise import Encoder
 from prefdistill.errors import DataError
 from test_formats import HI, assistant, implicit, pair_row, system, user
-from test_pipeline import data, model_folder, small  # noqa: F401
 
 WHERE = "pairs, row 1"
 CHATS = {

@@ -17,7 +17,6 @@ from prefdistill.data.table import prompt_key, text_key
 from prefdistill.data.tokenise import Encoder
 from prefdistill.errors import DataError
 from test_formats import HI, assistant, pair_row
-from test_pipeline import data, model_folder, small  # noqa: F401
 from test_trl_data import FORMATS, SKY, WHERE, parts, trl_ids, write
 
 # --- columns that go into the prompt ----------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from prefdistill.stages.distill import examples_of
 from prefdistill.stages.prepare import _demonstrations
 from prefdistill.stages.run import Run
 from test_illness import pairs
-from test_pipeline import WORDS, model_folder, small  # noqa: F401
+from tiny_runs import WORDS, small
 
 N, SAMPLED = 2, 3
 
@@ -65,7 +65,7 @@ def config_of(model, folder, out, **options):
 
 
 @pytest.fixture(scope="module")
-def ran(model_folder, tmp_path_factory):  # noqa: F811
+def ran(model_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("wiring")
     pairs(folder / "pairs.jsonl", prompts=80, odds=2.0, response=ending)
     config = config_of(model_folder, folder, folder / "run", methods="[dpo,dp-dpo]")
@@ -249,7 +249,7 @@ def test_the_supervised_start_reads_chosen_responses(ran):
     assert rejected, "every response was chosen once: the test shows nothing"
 
 
-def test_the_judge_learns_from_pairs_of_its_own(ran, model_folder):  # noqa: F811
+def test_the_judge_learns_from_pairs_of_its_own(ran, model_folder):
     folder = ran.root.parent
     config = config_of(model_folder, folder, folder / "judged", methods="[d-dpo]", **{"evaluate.judge": "heldout"})
     pipeline.run(config, until="judge")
@@ -268,7 +268,7 @@ def test_the_judge_learns_from_pairs_of_its_own(ran, model_folder):  # noqa: F81
     ("arguments", "steps"),
     [("{}", 12), ("{gradient_accumulation_steps: 3}", 4), ("{max_steps: 6}", 6), ("{warmup_steps: 12}", 12)],
 )
-def test_the_learning_rate_rises_over_its_share_of_the_steps(arguments, steps, model_folder, tmp_path):  # noqa: F811
+def test_the_learning_rate_rises_over_its_share_of_the_steps(arguments, steps, model_folder, tmp_path):
     with (tmp_path / "pairs.jsonl").open("w") as file:
         for i in range(24):
             file.write(json.dumps({"prompt": f"{i} is", "chosen": " one", "rejected": " two", "split": "train"}) + "\n")

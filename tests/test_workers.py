@@ -13,7 +13,7 @@ import pytest
 
 from prefdistill import pipeline
 from prefdistill.stages.run import Run
-from test_pipeline import model_folder, rows, small  # noqa: F401
+from tiny_runs import rows, small
 
 SPLITS = ["train", "train", "train", "test", "validation", "judge"]
 
@@ -28,7 +28,7 @@ def said(run: Path, stage: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, model_folder):  # noqa: F811
+def place(tmp_path_factory, model_folder):
     """Members of both kinds, trained beforehand on some of the training rows, and all rows, each naming its split."""
     folder = tmp_path_factory.mktemp("workers")
     made = [row | {"split": SPLITS[i % len(SPLITS)]} for i, row in enumerate(rows(48))]
@@ -40,7 +40,7 @@ def place(tmp_path_factory, model_folder):  # noqa: F811
     return folder, made
 
 
-def test_the_whole_run_finds_what_two_workers_computed(place, model_folder, monkeypatch):  # noqa: F811
+def test_the_whole_run_finds_what_two_workers_computed(place, model_folder, monkeypatch):
     folder, made = place
     options = {
         "methods": "[d-dpo]",

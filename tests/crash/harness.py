@@ -134,8 +134,8 @@ def differences(whole: dict[str, bytes], other: dict[str, bytes]) -> list[str]:
 
 def prepare(folder: Path, options: dict | None = None, prompts: int = 40) -> Path:
     """Data, a tiny model and the configuration."""
-    from test_pipeline import rows
     from tiny_models import tiny
+    from tiny_runs import rows
     from tiny_tokenizers import gpt2
 
     data, model = folder / "pairs.jsonl", folder / "model"
