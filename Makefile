@@ -47,7 +47,7 @@ quickstart-full: setup ## the same on all embedded pairs
 
 # A test a core, each with one thread: small tensors gain nothing by more.
 test: setup-dev ## the quick test suite, as many tests at once as there are cores (at most 8)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(shell nproc 2>/dev/null || echo 2) --maxprocesses 8 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2) --maxprocesses 8 --dist worksteal
 
 test-slow: setup-dev ## the slow proofs: the main job on the real embedded model
 	$(BIN)/python -m pytest -m slow
