@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import warnings
 
 import numpy as np
 import pytest
@@ -277,6 +278,15 @@ def test_evaluation_is_the_formula(method, tmp_path):
     logged = trainer.state.log_history[-1]
     for name, value in expected.items():
         assert logged["eval_" + name] == pytest.approx(float(value), rel=2e-4, abs=2e-5), name
+
+
+def test_trainers_defaults_warn_of_nothing(tmp_path):
+    """They pin memory, of which torch warns where there is no GPU."""
+    model = policy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        arguments = config(tmp_path, "dpo", max_steps=1, use_cpu=False)
+        DistillTrainer(model, arguments, examples=examples_near(model)).train()
 
 
 def test_a_lora_policy_starts_as_the_policy_and_trains_its_adapters_only(tmp_path):

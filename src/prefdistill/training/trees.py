@@ -65,9 +65,10 @@ class TreeTrainer(transformers.Trainer):
         join: Callable[[Sequence[Item]], dict[str, Any]],
         **kwargs: Any,
     ) -> None:
-        # Trees are not columns, and no label tensor exists for Trainer to look for.
+        # Trees are not columns; no label tensor is there for Trainer to look for, none at all to be pinned.
         args.remove_unused_columns = False
         args.label_names = []
+        args.dataloader_pin_memory = False
         if not self.dropout:
             without_dropout(model)
         self.tree_model = TreeModel(model)
