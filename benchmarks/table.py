@@ -63,13 +63,14 @@ def markdown(results: Mapping[str, Any], *, picture: str, remarks: str = "") -> 
     out = [
         "# Speed against the peer",
         "",
-        f"Made by `make benchmark`: a Llama of the shape {sizes['model']}, prompts of {sizes['prompt_tokens']} tokens, "
+        f"Made by `python -m benchmarks` (`make benchmark`): a Llama of the shape {sizes['model']}, "
+        f"prompts of {sizes['prompt_tokens']} tokens, "
         f"responses of {sizes['response_tokens']}, {sizes['batch_prompts']} prompts a step where a row says nothing "
         f"else; {machine['cpu']}, {machine['threads']} threads{', ' + machine['gpu'] if machine['gpu'] else ''}; "
         + ", ".join(f"{name} {version}" for name, version in results["versions"].items())
         + f". Medians of {_counts(results['rows'])} steps that the sides took in turn (of 300 steps their sum, with "
         f"compiling), each {_precisions(results['rows'])}. {_equality(results['rows'])}Utilisation: model FLOPs of the "
-        "tokens that must be computed once, over the machine's own matrix product.",
+        "tokens that must be computed once, over PyTorch's matrix product on that machine (ours can be faster).",
         "",
         f"![ratio by row]({picture})",
         "",

@@ -37,8 +37,8 @@ class RunConfig:
         methods: what to train and compare; see the table of methods in the README.
         seed: of everything that is drawn.
         precision: auto (measured), float32 or bfloat16.
-        compile: torch.compile the layers in training. The first step takes half a minute longer, the others less
-            memory. On CPUs for which the same is compiled without it (docs/speed.md) it won no time; elsewhere try it.
+        compile: torch.compile the layers in training. The first step takes some seconds to half a minute
+            longer. On CPUs for which the same is compiled without it (docs/speed.md) it won no time; elsewhere try it.
         gradient_checkpointing: auto (where the largest training step would not fit into free memory), always or never;
             the gradients are equal, the step takes a third longer.
         report_to: trackers that trainings report to, by transformers' names: tensorboard, wandb, mlflow, ...;

@@ -146,8 +146,8 @@ class ScoreOptions:
     """Reference log-probs and rewards of every response, computed once.
 
     Attributes:
-        token_budget: tokens in a forward, padding included; more than a training step has, since nothing is kept for
-            a backward pass.
+        token_budget: tokens in a forward, padding included; it can be more than a training step of as much memory has,
+            since nothing is kept for a backward pass.
         columns: folder that keeps the columns, to share them between runs (null: columns/ in the run directory).
     """
 
