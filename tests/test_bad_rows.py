@@ -17,7 +17,7 @@ from prefdistill import pipeline
 from prefdistill.data.formats import Pair, load_pairs, to_pair
 from prefdistill.data.sources import read_rows
 from prefdistill.errors import DataError
-from tiny_runs import rows, small
+from tiny_runs import rows, small, write_rows
 
 ROW = {"prompt": "p", "chosen": "a", "rejected": "b"}
 TWICE = pa.Table.from_arrays([pa.array([t]) for t in "pabc"], names=["prompt", "chosen", "rejected", "chosen"])
@@ -283,7 +283,7 @@ def test_a_text_with_one_character_that_shows_is_kept(text: str) -> None:
 
 def test_a_demonstration_that_shows_nothing_is_none(tmp_path: Path, model_folder: Path) -> None:
     path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps({**row, "demo": "\u200b"}) + "\n" for row in rows()), encoding="utf-8")
+    write_rows(path, [{**row, "demo": "\u200b"} for row in rows()])
     options = {"sft.enabled": True, "sft.on": "demo"}
     with pytest.raises(DataError, match="no text in the column 'demo'"):
         pipeline.run(small(path, model_folder, tmp_path / "out", methods="[dpo]", **options), until="start")

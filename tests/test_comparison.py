@@ -15,7 +15,7 @@ from prefdistill.data.group_files import read_groups
 from prefdistill.data.table import PromptGroup, Response
 from prefdistill.errors import ConfigError, DataError
 from prefdistill.experiments.comparison import Comparison, collect, run_comparison, run_folder
-from tiny_runs import rows, small
+from tiny_runs import rows, small, write_rows
 from tiny_tokenizers import gpt2
 
 
@@ -77,7 +77,7 @@ def data(tmp_path):
     """90 prompts; a third prefer the longer response."""
     path = tmp_path / "pairs.jsonl"
     made = [r if i % 3 else {**r, "chosen": r["rejected"], "rejected": r["chosen"]} for i, r in enumerate(rows(90))]
-    path.write_text("".join(json.dumps({**r, "n": i}) + "\n" for i, r in enumerate(made)), encoding="utf-8")
+    write_rows(path, [{**r, "n": i} for i, r in enumerate(made)])
     return path
 
 
@@ -112,7 +112,7 @@ def test_a_rows_own_columns_take_no_texts_place(model_folder, tmp_path):
     texts = [{"text": "a much longer summary"}, {"text": "short"}]
     made = [{"info": info | {"post": f"post {i}"}, "summaries": texts, "choice": i % 2} for i in range(12)]
     made = [row | {"prompt": "their own", "chosen": "column", "n": i} for i, row in enumerate(made)]
-    path.write_text("".join(json.dumps(r) + "\n" for r in made), encoding="utf-8")
+    write_rows(path, made)
     args = ["bias", "--data", str(path), "--model", str(model_folder), "--output-dir", str(out), "--rho", "0.5"]
     assert main(args) == 0
     found = [json.loads(line) for line in (out / "rho-0.5.jsonl").open()]

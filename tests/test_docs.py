@@ -27,7 +27,7 @@ from prefdistill.data.formats import to_pair
 from prefdistill.experiments import comparison, sweep
 from prefdistill.theory import lab
 from tiny_models import tiny
-from tiny_runs import WORDS
+from tiny_runs import WORDS, write_rows
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")]
@@ -104,7 +104,7 @@ def place(tmp_path_factory, model_folder):
         {"prompt": f"Describe{text(4)}:", "chosen": text(3 + 3 * (i % 2)), "rejected": text(6 - 3 * (i % 2))}
         for i in range(30)
     ]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_rows(folder / "pairs.jsonl", rows)
     (folder / "hh.jsonl").write_text((folder / "pairs.jsonl").read_text())
     (folder / "examples").mkdir()
     here = {"data: embedded": "data: pairs.jsonl", "model: embedded": f"model: {MODELS[0]}"}

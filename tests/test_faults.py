@@ -24,7 +24,7 @@ from prefdistill.stages.run import Run
 from prefdistill.training.callbacks import ProgressCallback
 from prefdistill.training.checkpoints import last_checkpoint
 from tiny_models import save_some_adapter, tiny
-from tiny_runs import rows, small
+from tiny_runs import rows, small, write_rows
 from tiny_tokenizers import gpt2, llama3
 
 
@@ -33,7 +33,7 @@ def test_an_end_token_inside_a_text_is_a_bad_row(tmp_path, model_folder):
     path = tmp_path / "pairs.jsonl"
     lines = rows()
     lines[4]["rejected"] = " red<|endoftext|> blue"
-    path.write_text("".join(json.dumps(r) + "\n" for r in lines), encoding="utf-8")
+    write_rows(path, lines)
     out = tmp_path / "out"
     with pytest.raises(DataError, match=r"row 5.*rejected.*end token '<\|endoftext\|>'"):
         pipeline.run(small(path, model_folder, out, methods="[dpo]"), until="data")
@@ -46,7 +46,7 @@ def test_an_end_token_inside_a_text_is_a_bad_row(tmp_path, model_folder):
 def test_demonstrations_that_do_not_fit_are_counted(tmp_path, model_folder, capsys):
     path = tmp_path / "pairs.jsonl"
     demos = [{**r, "demo": " red" * (60 if i % 2 else 2)} for i, r in enumerate(rows())]
-    path.write_text("".join(json.dumps(r) + "\n" for r in demos), encoding="utf-8")
+    write_rows(path, demos)
     options = {"sft.enabled": True, "sft.on": "demo", "dataset.max_response_tokens": 50}
     pipeline.run(small(path, model_folder, tmp_path / "out", methods="[dpo]", **options), until="start")
     groups = [g for g in read_groups(tmp_path / "out" / "data" / "prompts.parquet") if g.split == "train"]
@@ -78,7 +78,7 @@ def test_data_under_the_home_folder_are_noticed_too(data, model_folder, tmp_path
     monkeypatch.setenv("HOME", str(tmp_path))
     config = small("~/pairs.jsonl", model_folder, tmp_path / "run", methods="[dpo]")
     pipeline.run(config, until="data")
-    data.write_text("".join(json.dumps(r) + "\n" for r in rows(24, seed=5)), encoding="utf-8")
+    write_rows(data, rows(24, seed=5))
     pipeline.run(config, until="data")
     assert sum(len(g.pairs) for g in read_groups(tmp_path / "run" / "data" / "prompts.parquet")) == 24
 

@@ -13,7 +13,7 @@ from prefdistill.errors import ConfigError, DataError
 from prefdistill.stages.distill import examples_of
 from prefdistill.stages.run import Run
 from prefdistill.training.distill import join_columns, with_pairs
-from tiny_runs import rows, small
+from tiny_runs import rows, small, write_rows
 
 GIVEN = {"reward.given": "score", "reward.members": 0}
 
@@ -29,7 +29,7 @@ def scored_rows(n: int = 30) -> list[dict]:
 
 def file_of(folder, made):
     path = folder / "pairs.jsonl"
-    path.write_text("".join(json.dumps(r) + "\n" for r in made), encoding="utf-8")
+    write_rows(path, made)
     return path
 
 

@@ -18,14 +18,14 @@ from prefdistill.cli import main, opened
 from prefdistill.manifest import Manifest
 from prefdistill.stages.report import make_report
 from tiny_models import tiny
-from tiny_runs import rows, small
+from tiny_runs import rows, small, write_rows
 from tiny_tokenizers import llama3
 
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory, model_folder):
     folder = tmp_path_factory.mktemp("judged")
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows()), encoding="utf-8")
+    write_rows(folder / "pairs.jsonl", rows())
     pipeline.run(small(folder / "pairs.jsonl", model_folder, folder / "run", methods="[dpo]"))
     return folder / "run"
 
@@ -149,7 +149,7 @@ def test_a_conversation_is_judged_with_its_roles(tmp_path):
         for r in rows()
     ]
     path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps(r) + "\n" for r in made), encoding="utf-8")
+    write_rows(path, made)
     pipeline.run(small(path, tmp_path / "model", tmp_path / "run", methods="[dpo]"))
     with Server() as server:
         assert main(["judge", str(tmp_path / "run"), "--model", "m", "--base-url", server.url, "--prompts", "1"]) == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,7 @@ from fuzz.rows import fuzz
 from prefdistill.data.formats import Pair, load_pairs
 from prefdistill.errors import ConfigError, DataError
 from test_formats import pair_row
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
+from tiny_runs import write_rows
 
 
 def test_load_pairs(tmp_path: Path) -> None:
@@ -85,7 +80,7 @@ def test_a_pair_in_both_orders(messages: bool, tmp_path: Path) -> None:
         return {"prompt": [{"role": "user", "content": "p"}], "chosen": say(chosen), "rejected": say(rejected)}
 
     rows = [row("a", "b"), row("a", "b"), row("b", "c"), row("b", "a"), row("c", "a")]
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    write_rows(path, rows)
     with pytest.raises(DataError, match=r"row 4, column 'chosen'.*the pair of .*row 1 in the other order.*both_orders"):
         load_pairs(str(path))
     told: list[str] = []

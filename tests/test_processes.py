@@ -27,7 +27,7 @@ from prefdistill.cli import parse
 from prefdistill.errors import ConfigError
 from prefdistill.stages.bases import new_policy
 from prefdistill.stages.run import Run
-from tiny_runs import rows, small
+from tiny_runs import rows, small, write_rows
 
 HERE = Path(__file__).parent
 EXAMPLES = HERE.parent / "examples"
@@ -109,7 +109,7 @@ def flags_of_run(folder: Path, model: Path) -> list[str]:
     """Of a run in which every stage that processes share has several shards, batches and steps; writes its data."""
     # What is chosen can be told, or a member would be calibrated to rewards of 0.
     made = [{**r, "chosen": r["chosen"] + " red red", "rejected": r["rejected"] + " big big"} for r in rows(40)]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in made), encoding="utf-8")
+    write_rows(folder / "pairs.jsonl", made)
     options = {
         "data": folder / "pairs.jsonl",
         "model": model,

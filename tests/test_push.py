@@ -16,14 +16,14 @@ from prefdistill import pipeline
 from prefdistill.cli import main
 from prefdistill.errors import ConfigError
 from prefdistill.lock import held
-from tiny_runs import rows, small
+from tiny_runs import rows, small, write_rows
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory, model_folder):
     folder = tmp_path_factory.mktemp("push")
     path = folder / "pairs.jsonl"
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows()), encoding="utf-8")
+    write_rows(path, rows())
     out = folder / "run"
     pipeline.run(small(path, model_folder, out, methods="[dpo]"))
     return out

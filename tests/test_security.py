@@ -20,7 +20,7 @@ from prefdistill.models.adapters import Classifiers
 from prefdistill.models.loading import load_classifier, load_policy, new_classifier
 from test_report import _replaced, full_run, write_report
 from tiny_models import save_some_adapter
-from tiny_runs import rows, small
+from tiny_runs import rows, small, write_rows
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 ATTACK = (
@@ -153,7 +153,7 @@ def test_a_chat_template_is_in_a_sandbox(model_folder, tmp_path, capsys):
             "rejected": [turn(reply, row["rejected"])],
         }
 
-    path.write_text("".join(json.dumps(chat(r)) + "\n" for r in rows()))
+    write_rows(path, [chat(r) for r in rows()])
     flags = ["--data", str(path), "--model", str(folder), "--output-dir", str(tmp_path / "run"), "--methods", "dpo"]
     assert main(["run", *flags]) == 2
     said = capsys.readouterr().err
@@ -164,7 +164,7 @@ def test_a_chat_template_is_in_a_sandbox(model_folder, tmp_path, capsys):
 def test_no_text_of_the_data_becomes_a_path(model_folder, tmp_path):
     path, out = tmp_path / "pairs.jsonl", tmp_path / "deep" / "run"
     lines = [{**r, "prompt": f"../../{r['prompt']}", "chosen": f"../{r['chosen']}", "id": "/etc/x"} for r in rows()]
-    path.write_text("".join(json.dumps(r) + "\n" for r in lines))
+    write_rows(path, lines)
     pipeline.run(small(path, model_folder, out, methods="[dpo]"))
     assert {p.name for p in tmp_path.iterdir()} == {"pairs.jsonl", "deep"}
     assert {p.name for p in (tmp_path / "deep").iterdir()} == {"run"}

@@ -15,7 +15,7 @@ from prefdistill.cli import main
 from prefdistill.manifest import Manifest
 from prefdistill.stopping import Terminated, stop_requests
 from prefdistill.training.callbacks import ProgressCallback
-from tiny_runs import rows, small
+from tiny_runs import rows, small, write_rows
 
 STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
@@ -56,7 +56,7 @@ def test_a_run_that_is_told_to_stop(sent, status, data, model_folder, tmp_path):
 def test_every_stage_can_be_stopped(model_folder, tmp_path, monkeypatch, capsys, heard):
     """In its midst and before it is written down, the signals in turn; the run comes out as one that nobody stopped."""
     path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps({**r, "demo": " red"}) + "\n" for r in rows()), encoding="utf-8")
+    write_rows(path, [{**r, "demo": " red"} for r in rows()])
     options = {
         "methods": "[d-dpo,e-dpo]",
         "sft.enabled": True,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from test_formats import assistant, pair_row, user
 from test_trl_data import CHATS
 from tiny_models import tiny
 from tiny_runs import rows as plain_rows
-from tiny_runs import small
+from tiny_runs import small, write_rows
 
 
 class WithColumns(DPOTrainer):
@@ -88,7 +87,7 @@ def test_columns_of_chats_are_those_of_our_ids(name, tmp_path):
         pair_row(prompt=[user(r["prompt"])], chosen=[assistant(r["chosen"])], rejected=[assistant(r["rejected"])])
         for r in plain_rows()
     ]
-    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    write_rows(tmp_path / "chats.jsonl", rows)
     config = small(tmp_path / "chats.jsonl", model, out, methods="[d-dpo]", **{"reward.members": 1})
     pipeline.run(config, until="score")
     scored = Dataset.from_parquet(str(out / "data" / "scored.parquet"), cache_dir=str(tmp_path / "cache"))

@@ -13,13 +13,13 @@ import pytest
 
 from prefdistill import pipeline
 from prefdistill.stages.run import Run
-from tiny_runs import rows, small
+from tiny_runs import rows, small, write_rows
 
 SPLITS = ["train", "train", "train", "test", "validation", "judge"]
 
 
 def written(path: Path, made: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
+    write_rows(path, made)
     return path
 
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 from prefdistill import RunConfig
 from prefdistill.cli import parse
+from tiny_models import tiny
+from tiny_tokenizers import gpt2
 
 WORDS = ["red", "green", "blue", "round", "square", "small", "large", "old", "new", "bright", "dark", "soft", "hard"]
 
@@ -14,6 +20,20 @@ def rows(n: int = 30, seed: int = 0) -> list[dict]:
     draw = random.Random(seed)
     text = lambda k: " " + " ".join(draw.choices(WORDS, k=k))  # noqa: E731
     return [{"prompt": f"Describe{text(4)}:", "chosen": text(4), "rejected": text(6)} for _ in range(n)]
+
+
+def write_rows(path: Path, made: Iterable[dict[str, Any]]) -> str:
+    """JSON lines; returns the path as text."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
+    return str(path)
+
+
+def save_model(folder: Path) -> None:
+    """A tiny Llama over GPT-2's words with its tokenizer."""
+    tokenizer = gpt2()
+    model = tiny("llama", vocab_size=len(tokenizer), pad_token_id=None, eos_token_id=tokenizer.eos_token_id)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def small(data, model_folder, out, **sections) -> RunConfig:

@@ -134,17 +134,11 @@ def differences(whole: dict[str, bytes], other: dict[str, bytes]) -> list[str]:
 
 def prepare(folder: Path, options: dict | None = None, prompts: int = 40) -> Path:
     """Data, a tiny model and the configuration."""
-    from tiny_models import tiny
-    from tiny_runs import rows
-    from tiny_tokenizers import gpt2
+    from tiny_runs import rows, save_model, write_rows
 
     data, model = folder / "pairs.jsonl", folder / "model"
-    data.write_text("".join(json.dumps(r) + "\n" for r in rows(prompts)), encoding="utf-8")
-    tokenizer = gpt2()
-    tiny("llama", vocab_size=len(tokenizer), pad_token_id=None, eos_token_id=tokenizer.eos_token_id).save_pretrained(
-        model
-    )
-    tokenizer.save_pretrained(model)
+    write_rows(data, rows(prompts))
+    save_model(model)
     from prefdistill.cli import parse
 
     flags = {"data": data, "model": model, "output_dir": folder / "unused", **(options or OPTIONS)}
