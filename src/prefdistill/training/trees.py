@@ -129,7 +129,7 @@ class TreeTrainer(transformers.Trainer):
             values, items = together(own, items)
         else:
             values = call()
-        loss = self.loss_of(values, self.join(items))
+        loss = self.loss_of(values, {name: x.to(values.device) for name, x in self.join(items).items()})
         if self.model.training:
             self._last = items
             self._check_finite("loss", loss.detach())
