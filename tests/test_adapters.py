@@ -79,6 +79,19 @@ def test_every_member_keeps_its_rewards_in_any_order(members):
     assert torch.equal(rewards(classifiers.load(members[1])), rewards(Classifiers().load(members[1])))
 
 
+def test_a_tokenizer_without_a_pad_token_reads_by_the_bases(members):
+    """Not by that of the member which was loaded before."""
+    bare = letters_tokenizer()
+    bare.pad_token = None
+    bare.save_pretrained(members[1])
+    alone = Classifiers().load(members[1]).get_base_model().config.pad_token_id
+    classifiers = Classifiers()
+    assert (
+        classifiers.load(members[0]).get_base_model().config.pad_token_id == letters_tokenizer().pad_token_id != alone
+    )
+    assert classifiers.load(members[1]).get_base_model().config.pad_token_id == alone
+
+
 def test_the_base_is_in_memory_once(members, monkeypatch):
     read = []
     real = peft.AutoPeftModelForSequenceClassification.from_pretrained

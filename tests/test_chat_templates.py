@@ -11,6 +11,9 @@ import tiny_tokenizers as tiny
 from messages import assistant, system, user
 from prefdistill.data.tokenise import Encoder
 from prefdistill.errors import ConfigError, DataError
+from prefdistill.models.loading import generation_ends
+from tiny_models import save_some_adapter
+from tiny_models import tiny as tiny_model
 from tokenizer_makes import (
     decoded,
     encoder,
@@ -135,6 +138,14 @@ def test_an_end_that_is_an_added_but_no_special_token():
     tokenizer.add_tokens([AddedToken("<|im_end|>", special=False, normalized=False)])
     e = Encoder(tokenizer)
     assert decoded(tokenizer, e.response_ids(user("q"), "Hello.")) == "Hello.<|im_end|>"
+
+
+def test_an_adapters_ends_are_those_of_its_base(tmp_path):
+    base = tiny_model("llama")
+    base.generation_config.eos_token_id = [2, 7]
+    base.save_pretrained(tmp_path / "base")
+    save_some_adapter(tmp_path / "base", tmp_path / "adapter")
+    assert generation_ends(str(tmp_path / "base")) == generation_ends(str(tmp_path / "adapter")) == (2, 7)
 
 
 def test_an_end_given_by_the_generation_configuration():

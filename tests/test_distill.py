@@ -19,6 +19,7 @@ from prefdistill.models.loading import add_lora
 from prefdistill.training.distill import DistillConfig, DistillExample, DistillTrainer
 from prefdistill.training.methods import METHODS, LossOptions, pair_losses
 from prefdistill.training.pessimism import mixture_of, promises
+from prefdistill.training.reward import RewardExample
 from tiny_models import QUIET, first_step, tiny
 
 TREES = [
@@ -289,6 +290,16 @@ def test_trainers_defaults_warn_of_nothing(tmp_path):
         DistillTrainer(model, arguments, examples=examples_near(model)).train()
 
 
+def test_a_process_takes_the_batch_that_was_asked_for_on_one_of_many_gpus(tmp_path):
+    model = policy()
+    arguments = config(tmp_path, "dpo", per_device_train_batch_size=2, use_cpu=False)
+    assert arguments.n_gpu <= 1
+    arguments._n_gpu = 8
+    assert arguments.train_batch_size == 16
+    trainer = DistillTrainer(model, arguments, examples=examples_near(model))
+    assert trainer.args.train_batch_size == len(next(iter(trainer.get_train_dataloader()))["items"]) == 2
+
+
 def test_a_lora_policy_starts_as_the_policy_and_trains_its_adapters_only(tmp_path):
     model = policy()
     examples = examples_near(model)
@@ -352,6 +363,20 @@ def test_examples_of_several_ensembles(tmp_path):
 def test_columns_of_another_length(fields):
     with pytest.raises(DataError, match="2 responses"):
         DistillExample(TREES[1], **{"reference_logps": (1.0, 2.0), **fields})
+
+
+@pytest.mark.parametrize("places", [{"pairs": ((1, 2),)}, {"pairs": ((0, -1),)}, {"pairs": ((1, 1),)}])
+def test_responses_that_are_not_there(places):
+    """In a batch such a number would be a response of another prompt."""
+    said = "my prompt has 2 responses, counted from 0, and the pair"
+    with pytest.raises(DataError, match=said):
+        DistillExample(TREES[1], (1.0, 2.0), **places, name="my prompt")
+    with pytest.raises(DataError, match=said):
+        RewardExample(TREES[1], **places, weights=(1,), name="my prompt")
+    with pytest.raises(DataError, match="and 2 is asked for"):
+        DistillExample(TREES[1], (1.0, 2.0), from_reference=(1, 2))
+    with pytest.raises(DataError, match="1 pairs and 2 weights"):
+        RewardExample(TREES[1], ((0, 1),), (1, 1))
 
 
 @pytest.mark.parametrize(

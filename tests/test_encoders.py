@@ -92,6 +92,17 @@ def test_rewards_are_those_of_transformers(encoder_folder):
     assert found == pytest.approx(expected, abs=1e-5)
 
 
+def test_rewards_in_bfloat16_are_not_rounded_to_it(encoder_folder):
+    model = SequenceModel(load_classifier(str(encoder_folder)).eval())
+    batch = model.collate([Tree((2, 5, 6, 3), tuple((7 + i, 8, 3) for i in range(10)))])
+    with torch.no_grad():
+        exact = model.rewards(batch)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rewards = model.rewards(batch)
+    assert (rewards != rewards.bfloat16()).sum() > 8
+    torch.testing.assert_close(rewards, exact, atol=0.2, rtol=0.1)
+
+
 def words_of(folder):
     return transformers.AutoTokenizer.from_pretrained(folder)
 

@@ -15,7 +15,7 @@ from prefdistill.errors import ConfigError
 from prefdistill.models.forward import TreeModel
 from tiny_models import VOCAB, tiny
 
-FAMILIES = ["llama", "qwen3", "gemma3"]
+FAMILIES = ["llama", "qwen3", "gemma3", "qwen3_moe"]
 _cache: dict = {}
 
 
@@ -99,7 +99,7 @@ def test_logits_that_models_rescale(family):
     assert gap.abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("family", ["mamba", "bloom"])
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "bloom"])
 def test_models_that_do_not_fit_take_the_plain_path_and_say_so(family, caplog):
     with caplog.at_level(logging.WARNING):
         model = TreeModel(tiny(family))

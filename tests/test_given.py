@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
+from decimal import Decimal
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -57,6 +60,29 @@ def test_every_response_gets_the_rewards_of_its_row(model_folder, tmp_path):
     assert [m["resample"] for m in members] == ["given: score"] * 2
     assert members[0]["accuracy"] == 1.0
     assert "given: score" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("kind", ["numbers.csv", "lists.csv", "decimals.parquet"])
+def test_rewards_of_files_without_floats(kind, model_folder, tmp_path):
+    """CSV has texts alone, Parquet may have decimals."""
+    made = rows()
+    for i, row in enumerate(made):
+        for side, value in (("chosen", f"{i}.25"), ("rejected", f"-{i}e-1")):
+            row[f"score_{side}"] = {"n": value, "l": f"[{value}, 2]", "d": Decimal(i) / 4}[kind[0]]
+    path = tmp_path / kind
+    if kind.endswith(".csv"):
+        with path.open("w", encoding="utf-8", newline="") as file:
+            table = csv.DictWriter(file, made[0].keys())
+            table.writeheader()
+            table.writerows(made)
+    else:
+        pq.write_table(pa.Table.from_pylist(made), path)
+    config = small(path, model_folder, tmp_path / "run", methods="[d-dpo]", **GIVEN)
+    pipeline.run(config, until="data")
+    prompts = pq.read_table(tmp_path / "run" / "data" / "prompts.parquet").to_pylist()
+    found = {tuple(r["given"]) for p in prompts for r in p["responses"]}
+    scores = [row[f"score_{side}"] for row in made for side in ("chosen", "rejected")]
+    assert found == {tuple(json.loads(s)) if kind[0] == "l" else (float(s),) for s in scores}
 
 
 def test_a_runs_own_columns_give_the_policy_that_its_members_gave(model_folder, tmp_path):

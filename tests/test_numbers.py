@@ -8,6 +8,7 @@ import re
 
 import pytest
 import torch
+import transformers
 
 from prefdistill.cli import main
 from prefdistill.data.table import PromptGroup, shorten
@@ -104,6 +105,17 @@ def test_a_gradient_without_bounds_stops_before_the_step(tmp_path):
     with pytest.raises(TrainingError, match=r"the gradient is nan in step 1, on 1 prompts \(the steep prompt\).*steep"):
         trainer.train()
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_float16s_scaler_may_leave_a_step_out(tmp_path, monkeypatch):
+    """A gradient that overflows is how it finds its scale."""
+    model = policy()
+    trainer = DistillTrainer(model, config(tmp_path, "dpo", **ONE), examples=examples_near(model))
+    monkeypatch.setattr(transformers.Trainer, "_get_grad_norm", lambda *_: math.inf)
+    with pytest.raises(TrainingError, match="the gradient is inf"):
+        trainer._get_grad_norm(model)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
+    assert trainer._get_grad_norm(model) == math.inf
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -63,4 +63,10 @@ def test_an_adapter_stands_on_no_adapter(data, model_folder, tmp_path, capsys):
     assert "is itself an adapter" in capsys.readouterr().err
     assert main(["run", *flags, "--methods", "dpo", "--distill.adapters", "true", "--distill.lora_rank", "0"]) == 2
     assert "distill.lora_rank" in capsys.readouterr().err
+    assert main(["run", *flags, "--reward.hold", "lora", "--reward.adapters", "true"]) == 2
+    assert "reward.adapters: the model" in capsys.readouterr().err
+    models = ["--reward.models", f"[{model_folder},embedded]", "--evaluate.judge", "embedded"]
+    flags[3] = str(model_folder)
+    assert main(["run", *flags, *models, "--reward.hold", "lora", "--reward.adapters", "true"]) == 2
+    assert "reward.adapters: the model 'embedded' is put together" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

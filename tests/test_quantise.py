@@ -13,7 +13,7 @@ from prefdistill.cli import main, parse
 from prefdistill.data.tree import Tree
 from prefdistill.errors import ConfigError
 from prefdistill.models import quantise
-from prefdistill.models.backbone import unwrap
+from prefdistill.models.backbone import tolerance_of, unwrap
 from prefdistill.models.loading import add_lora, load_policy, save_model
 from prefdistill.models.merging import is_4bit, merged, written_out
 from prefdistill.models.quantise import check_4bit, in_4bit, load_policy_4bit, new_classifier_4bit
@@ -135,6 +135,13 @@ def nearest_in_nf4(bnb, weight):
     blocks = weight.detach().reshape(-1, 64)
     largest = blocks.abs().amax(1, keepdim=True)
     return (levels[((blocks / largest)[..., None] - levels).abs().argmin(-1)] * largest).reshape(weight.shape)
+
+
+def test_two_ways_through_4_bit_weights_may_differ_by_bfloat16s_rounding(bnb, base):
+    """Embeddings stay in float32, and say nothing of the layers."""
+    model = load_policy_4bit(base, precision="bfloat16", device=CPU)
+    assert next(model.parameters()).dtype == torch.float32
+    assert tolerance_of(model) == tolerance_of(model.bfloat16()) == 0.1 > tolerance_of(tiny("llama"))
 
 
 @pytest.mark.parametrize("classifier", [False, True])

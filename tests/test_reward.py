@@ -34,7 +34,7 @@ from prefdistill.training.reward import (
     distinct_pad_id,
     scale_head,
 )
-from tiny_models import QUIET, first_step, letters_tokenizer, tiny
+from tiny_models import QUIET, VOCAB, first_step, letters_tokenizer, tiny
 
 TREES = [
     Tree((5, 6, 7), ((20, 21, 2), (22, 2), (23, 24, 25, 2))),
@@ -173,7 +173,7 @@ def test_saved_members_give_the_same_rewards_in_another_process(tmp_path):
     causal.save_pretrained(tmp_path / "base")
     expected, folders = {}, {}
     for kind in ("full", "lora", "dora", "head"):
-        model = new_classifier(str(tmp_path / "base"), distinct_pad_id(tokenizer, [2, 5]))
+        model = new_classifier(str(tmp_path / "base"), distinct_pad_id(tokenizer, [2, 5], VOCAB))
         if kind in ("lora", "dora"):
             transformers.set_seed(0)
             model = add_lora(model, rank=4, use_dora=kind == "dora", task="SEQ_CLS")
@@ -235,7 +235,7 @@ def test_a_saved_adapter_gives_the_same_rewards(use_dora, tmp_path):
     tiny("llama", num_hidden_layers=2, pad_token_id=2).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     transformers.set_seed(0)
-    pad = distinct_pad_id(tokenizer, [2, 5])
+    pad = distinct_pad_id(tokenizer, [2, 5], VOCAB)
     model = add_lora(new_classifier(str(tmp_path / "base"), pad), rank=4, use_dora=use_dora, task="SEQ_CLS")
     RewardTrainer(model, arguments(tmp_path / "work", max_steps=4, learning_rate=1e-2), examples=EXAMPLES).train()
     scale_head(model, 2.5)
@@ -315,7 +315,15 @@ def test_scale_head_multiplies_rewards(lora):
     ],
 )
 def test_distinct_pad_id(special_tokens, ends, expected):
-    assert distinct_pad_id(letters_tokenizer(**special_tokens), ends) == expected
+    assert distinct_pad_id(letters_tokenizer(**special_tokens), ends, VOCAB) == expected
+
+
+def test_a_pad_token_that_only_the_tokenizer_knows():
+    """Added to it, while the model's embeddings stayed as they were."""
+    tokenizer = letters_tokenizer(pad_token="[PAD]")
+    added = tokenizer.pad_token_id
+    assert distinct_pad_id(tokenizer, (2, 5), added + 1) == added
+    assert distinct_pad_id(tokenizer, (2, 5), added) == tokenizer.unk_token_id
 
 
 def test_with_a_distinct_pad_the_end_token_is_seen():

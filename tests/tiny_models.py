@@ -52,6 +52,13 @@ def tiny(family: str, *, classifier: bool = False, seed: int = 0, **overrides):
         )  # fmt: skip
     elif family == "mamba":
         config = tf.MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=8, pad_token_id=0)
+    elif family == "mamba2":
+        config = tf.Mamba2Config(
+            vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_heads=8, head_dim=8, state_size=8, n_groups=2,
+            pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        )  # fmt: skip
+    elif family == "qwen3_moe":
+        config = tf.Qwen3MoeConfig(**shape, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=16)
     elif family == "bloom":
         config = tf.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4, pad_token_id=0)
     else:
@@ -59,7 +66,9 @@ def tiny(family: str, *, classifier: bool = False, seed: int = 0, **overrides):
     auto = tf.AutoModelForSequenceClassification if classifier else tf.AutoModelForCausalLM
     if classifier:
         config.num_labels = 1
-    model = auto.from_config(config, attn_implementation=None if family in ("mamba", "bloom", "gemma2") else "sdpa")
+    model = auto.from_config(
+        config, attn_implementation=None if family in ("mamba", "mamba2", "bloom", "gemma2") else "sdpa"
+    )
     for parameter in model.parameters():
         # Larger weights than the default 0.02, so that attention is far from uniform and a wrong mask shows.
         if parameter.dim() > 1:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from prefdistill import ranks
 from prefdistill.atomic import remove_unfinished
 from prefdistill.config import RunConfig
@@ -21,7 +23,7 @@ from prefdistill.evaluation.judges import is_oracle, load_oracle
 from prefdistill.lock import HOLDER, LOCK, held
 from prefdistill.manifest import Manifest, StageRecord, fingerprint_of
 from prefdistill.models.adapter_folders import is_adapter
-from prefdistill.models.loading import check_classifier, load_config, reads_text_pairs
+from prefdistill.models.loading import check_classifier, is_put_together, load_config, reads_text_pairs
 from prefdistill.models.precision import forward_seconds
 from prefdistill.models.quantise import check_4bit
 from prefdistill.plan import Stage, data_options, plan
@@ -54,6 +56,9 @@ def run(config: RunConfig, *, until: str | None = None) -> Path:
                     "sample.engine: vllm has processes of its own; set sample.engine: own for a run in several, or run "
                     "it in one with sample.engine_arguments: {tensor_parallel_size: N}"
                 )
+        gpus = torch.cuda.device_count()
+        if gpus > 1 and ranks.count() == 1:
+            _say(f"one of {gpus} GPUs is used; for all: torchrun --nproc-per-node {gpus} -m prefdistill run ...")
         for option in config.in_4bit():
             check_4bit(option, job.device)
         # Bad data or a model that is not there must stop the run before its directory exists.
@@ -170,11 +175,15 @@ def _check_models(job: Run) -> None:
     config = job.config
     for method in config.methods:
         own = config.distill.of(method)
-        if own.adapters and not own.load_in_4bit and is_adapter(job.reference):
-            raise ConfigError(
-                f"distill.adapters: the model {job.reference!r} is itself an adapter, and none can stand on another; "
-                "give it with its adapter merged, or leave distill.adapters off"
-            )
+        if own.adapters and not own.load_in_4bit:
+            _check_base("distill.adapters", job.reference)
+    if config.reward.adapters and not config.reward.load_in_4bit:
+        bases = config.reward.models or [job.reference]
+        for base in [
+            *(bases if config.needs_rewards and config.reward.members else []),
+            *([job.reference] if config.evaluate.judge == "heldout" else []),
+        ]:
+            _check_base("reward.adapters", base)
     if is_oracle(config.evaluate.judge):
         load_oracle(config.evaluate.judge)
     elif config.evaluate.judge != "heldout":
@@ -189,6 +198,16 @@ def _check_models(job: Run) -> None:
                 f"reward.models: {name!r} is an encoder, on which no member can be trained here; give a causal model, "
                 "or a ready encoder in reward.pretrained"
             )
+
+
+def _check_base(option: str, base: str) -> None:
+    """Raises ConfigError for a base on which a saved adapter could not be loaded again."""
+    if is_put_together(base):
+        made = "itself an adapter" if is_adapter(base) else "put together from parts when it is read"
+        raise ConfigError(
+            f"{option}: the model {base!r} is {made}, and no adapter can stand on it; give it as an ordinary folder "
+            f"(adapters merged), or leave {option} off"
+        )
 
 
 def _seconds_a_pass(job: Run, groups: Groups) -> float | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from decimal import Decimal
 from typing import Any
 
 from prefdistill.data.formats import Pair
@@ -56,12 +58,21 @@ class GivenRewards:
 
     @staticmethod
     def _values(column: str, value: Any) -> Values:
-        many = value if isinstance(value, list | tuple) else [value]
+        read = _parsed(value) if isinstance(value, str) else value  # CSV has texts alone
+        many = read if isinstance(read, list | tuple) else [read]
         if not many:
             raise DataError(f"column {column!r} is an empty list; give a number, or one for each member")
         for number in many:
-            if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+            if isinstance(number, bool) or not isinstance(number, int | float | Decimal) or not math.isfinite(number):
                 raise DataError(
                     f"column {column!r} is {value!r}; a reward is a finite number, or a list of one for each member"
                 )
         return tuple(float(number) for number in many)
+
+
+def _parsed(text: str) -> Any:
+    """The number or list that a text holds; the text itself where it holds neither."""
+    try:
+        return json.loads(text) if text.lstrip().startswith("[") else float(text)
+    except (ValueError, RecursionError):
+        return text

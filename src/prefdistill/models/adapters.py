@@ -34,6 +34,7 @@ class Classifiers:
         self._whole = _Whole({}, set())
         self._names: dict[str, str] = {}  # what PEFT calls an adapter, by its folder
         self._model: Any = None
+        self._pad: int | None = None  # the base's own pad token
 
     def load(self, name: str) -> nn.Module:
         """The reward model of this name, on the device, in eval mode; what was given before it changes with it.
@@ -61,7 +62,7 @@ class Classifiers:
                     use_safetensors=True,
                     trust_remote_code=self.trust_remote_code,
                 ).to(self.device)
-                self._base = base
+                self._base, self._pad = base, self._model.get_base_model().config.pad_token_id
             elif adapter not in self._model.peft_config:
                 self._whole.check(name)
                 self._model.load_adapter(name, adapter_name=adapter, torch_device=str(self.device))
@@ -70,8 +71,7 @@ class Classifiers:
         self._model.set_adapter(adapter)
         # An adapter folder keeps no model configuration; where rewards are read hangs on the pad token.
         pad = load_tokenizer(name, trust_remote_code=self.trust_remote_code).pad_token_id
-        if pad is not None:
-            self._model.get_base_model().config.pad_token_id = pad
+        self._model.get_base_model().config.pad_token_id = self._pad if pad is None else pad
         merge_on_the_way(self._model)
         found: nn.Module = self._model.eval()
         return found

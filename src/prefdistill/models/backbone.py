@@ -35,6 +35,14 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
+def tolerance_of(model: nn.Module) -> float:
+    """How far two ways through a model may be apart, by the size of what comes out: what its weights' precision rounds.
+
+    Weights of 4 bits are computed with in bfloat16, whatever the embeddings are in.
+    """
+    return 1e-3 if all(p.dtype == torch.float32 for p in model.parameters()) else 0.1
+
+
 def replace_forward(module: nn.Module, forward: Callable[..., Any], *first: Any) -> None:
     """From now on `forward(module, *first, ...)` is what a module's own forward was; `del module.forward` ends it."""
     # No method: those are pickled by their name in the class.

@@ -19,17 +19,12 @@ from torch import Tensor, nn
 
 from prefdistill.data.checks import words_of
 from prefdistill.data.tree import Place
-from prefdistill.errors import ConfigError
-from prefdistill.models.backbone import device_of, unwrap
-from prefdistill.models.forward import TreeModel, small_window
+from prefdistill.models.backbone import device_of, tolerance_of, unwrap
+from prefdistill.models.forward import REFUSALS, TreeModel, small_window
 from prefdistill.models.past import Past
 
 logger = logging.getLogger(__name__)
 
-# What a model that takes no such rows or masks, or a PyTorch without such a kernel, may raise: why, in its own words.
-REFUSALS = (
-    ConfigError, RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError,
-)  # fmt: skip
 PROBE_STEPS = ((0, 2, 3), (1, 2), (0, 1))  # rows that go on, of four: one leaves, then a whole prompt, then none
 
 
@@ -178,9 +173,8 @@ def _mismatch(tree: TreeModel) -> str | None:
             truth = _followed(_Repeated(tree.core, prompts, 2), ids[11:])
     except REFUSALS as error:
         return words_of(error)
-    exact = all(p.dtype == torch.float32 for p in tree.model.parameters())
     worst = float((ours - truth).abs().max() / truth.pow(2).mean().sqrt().clamp_min(1e-6))
-    return None if worst <= (1e-3 if exact else 0.1) else f"off by {worst:.2g} of the logits' size"
+    return None if worst <= tolerance_of(tree.model) else f"off by {worst:.2g} of the logits' size"
 
 
 def _followed(decoding: Decoding, ids: Sequence[int]) -> Tensor:

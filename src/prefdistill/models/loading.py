@@ -137,7 +137,9 @@ def positions(config: Any) -> int:
 
 
 def generation_ends(name: str) -> tuple[int, ...]:
-    """End tokens that a model's generation configuration names besides the tokenizer's."""
+    """End tokens that a model's generation configuration (an adapter's base's) names besides the tokenizer's."""
+    if is_adapter(name):
+        name = adapter_base(name)
     if name in (EMBEDDED_MODEL, EMBEDDED_POLICY):
         return ()
     try:

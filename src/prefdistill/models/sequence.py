@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prefdistill.data.tree import Tree
-from prefdistill.models.backbone import device_of, unwrap
+from prefdistill.models.backbone import device_of, replace_forward, unwrap
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,9 @@ class SequenceModel:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        for module in model.modules():
+            if type(module) is nn.Linear and module.out_features == 1:
+                replace_forward(module, _exact)
         self.config: Any = unwrap(model).config
         self.pad_id = int(self.config.pad_token_id or 0)
 
@@ -51,3 +54,9 @@ class SequenceModel:
             inputs["token_type_ids"] = batch.token_type_ids
         logits: Tensor = self.model(**inputs).logits
         return logits.float()[:, 0]
+
+
+def _exact(head: nn.Linear, x: Tensor) -> Tensor:
+    """A head in its weights' precision: bfloat16 would round a reward near 5 to steps of 0.03."""
+    with torch.autocast(x.device.type, enabled=False):
+        return nn.functional.linear(x.to(head.weight.dtype), head.weight, head.bias)

@@ -224,7 +224,7 @@ def _train_model(
     seed: int,
 ) -> tuple[Any, np.ndarray]:
     options = run.config.reward
-    pad = distinct_pad_id(encoder.tokenizer, encoder.end_ids)
+    pad = distinct_pad_id(encoder.tokenizer, encoder.end_ids, run.vocabulary(base))
     pad = int(encoder.tokenizer.eos_token_id) if pad is None else pad
     transformers.set_seed(seed)
     model = new_member(run, base, pad)

@@ -38,7 +38,7 @@ def features_of(folder: str) -> str | None:
 
 def classifier_pad(run: Run) -> int | None:
     """Pad token of the classifiers made here; EOS, as transformers would fall back to, where no other exists."""
-    pad = distinct_pad_id(run.tokenizer, run.encoder.end_ids)
+    pad = distinct_pad_id(run.tokenizer, run.encoder.end_ids, run.vocabulary(run.config.model))
     return int(run.tokenizer.eos_token_id) if pad is None else pad
 
 

@@ -137,6 +137,11 @@ class Run:
     def tokenizer(self) -> Any:
         return load_tokenizer(self.config.model, trust_remote_code=self.config.trust_remote_code)
 
+    def vocabulary(self, model: str) -> int:
+        """How many tokens a model knows; a tokenizer may have more."""
+        config = load_config(model, trust_remote_code=self.config.trust_remote_code)
+        return int(config.get_text_config().vocab_size)
+
     @cached_property
     def generation_end_ids(self) -> tuple[int, ...]:
         """End tokens that the model's generation configuration names besides the tokenizer's."""

@@ -19,7 +19,7 @@ from prefdistill.errors import ConfigError, DataError
 from prefdistill.training.degeneracy import degenerates
 from prefdistill.training.methods import LossOptions, all_pairs, method_named, pair_losses, target_margins
 from prefdistill.training.pessimism import HULLS, mixed, mixture_of
-from prefdistill.training.trees import TreeTrainer
+from prefdistill.training.trees import TreeTrainer, check_places
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,8 @@ class DistillExample:
         name: what errors call the prompt.
 
     Raises:
-        DataError: a column has another length, or holds what is no finite number, or a pair's rewards are not known.
+        DataError: a column has another length, or holds what is no finite number, a pair's rewards are not known, or
+            there is no response at an index.
     """
 
     tree: Tree
@@ -54,6 +55,8 @@ class DistillExample:
         r = len(self.tree.responses)
         if len(self.reference_logps) != r or any(len(k) != r for k in self.rewards):
             raise DataError(f"a tree of {r} responses needs {r} reference log-probs and {r} rewards of each member")
+        check_places(self.tree, self.pairs, self.name)
+        check_places(self.tree, [(i,) for i in self.from_reference], self.name)
         labelled = {i for pair in self.pairs for i in pair}
         for what, values in [("reference log-prob", self.reference_logps), *(("reward", k) for k in self.rewards)]:
             for i, value in enumerate(values):

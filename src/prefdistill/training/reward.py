@@ -14,7 +14,8 @@ from scipy import linalg, optimize, special
 from torch import Tensor, nn
 
 from prefdistill.data.tree import Tree, TreeBatch
-from prefdistill.training.trees import TreeTrainer
+from prefdistill.errors import DataError
+from prefdistill.training.trees import TreeTrainer, check_places
 
 L2_GRID = (100.0, 10.0, 1.0, 0.1, 0.01, 0.001)
 FOLDS = 4
@@ -25,12 +26,21 @@ ROUNDING = 1e-14
 
 @dataclass(frozen=True)
 class RewardExample:
-    """A tree, its pairs (chosen, rejected), how often each pair stands in the member's resample, and its name."""
+    """A tree, its pairs (chosen, rejected), how often each pair stands in the member's resample, and its name.
+
+    Raises:
+        DataError: there is no response at an index, or not one weight a pair.
+    """
 
     tree: Tree
     pairs: tuple[tuple[int, int], ...]
     weights: tuple[int, ...]
     name: str = ""
+
+    def __post_init__(self) -> None:
+        check_places(self.tree, self.pairs, self.name)
+        if len(self.weights) != len(self.pairs):
+            raise DataError(f"{self.name or 'a tree'} has {len(self.pairs)} pairs and {len(self.weights)} weights")
 
 
 def join_pairs(items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -194,10 +204,11 @@ def _is_score(name: str) -> bool:
     return "score" in name.split(".")
 
 
-def distinct_pad_id(tokenizer: Any, end_ids: Sequence[int]) -> int | None:
+def distinct_pad_id(tokenizer: Any, end_ids: Sequence[int], vocabulary: int) -> int | None:
     """A pad token that ends no response, for a classifier: transformers pools at the last token that is not it.
 
-    None where the tokenizer has no such token; transformers then pools before the end token, and so do we.
+    A token that was added to the tokenizer alone is none of the model's `vocabulary`. None where the tokenizer has no
+    such token; transformers then pools before the end token, and so do we.
     """
     candidates = [
         tokenizer.pad_token_id,
@@ -205,6 +216,8 @@ def distinct_pad_id(tokenizer: Any, end_ids: Sequence[int]) -> int | None:
         *sorted(i for i, t in getattr(tokenizer, "added_tokens_decoder", {}).items() if t.special),
     ]
     for candidate in candidates:
-        if candidate is not None and candidate not in end_ids and candidate != tokenizer.bos_token_id:
+        if candidate is None or candidate in end_ids or candidate == tokenizer.bos_token_id:
+            continue
+        if candidate < vocabulary:
             return int(candidate)
     return None

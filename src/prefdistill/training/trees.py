@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 
-from prefdistill.data.tree import TreeBatch, shape_of
-from prefdistill.errors import TrainingError
+from prefdistill.data.tree import Tree, TreeBatch, shape_of
+from prefdistill.errors import DataError, TrainingError
 from prefdistill.models.compiled import check_compiler, compile_layers
 from prefdistill.models.forward import TreeModel
 from prefdistill.training.checkpoints import not_finite, what_is_kept
@@ -20,6 +20,18 @@ from prefdistill.training.processes import route_tree_calls, together
 
 Item = Mapping[str, Any]
 NAMES_SHOWN = 4
+
+
+def check_places(tree: Tree, places: Iterable[tuple[int, ...]], name: str) -> None:
+    """Raises DataError unless these are places of a tree's responses, from 0 on, different ones in a pair.
+
+    In a batch another number would be a response of another prompt.
+    """
+    r = len(tree.responses)
+    for found in places:
+        if not all(0 <= i < r for i in found) or len(set(found)) < len(found):
+            said = found[0] if len(found) == 1 else f"the pair {found}"
+            raise DataError(f"{name or 'a tree'} has {r} responses, counted from 0, and {said} is asked for of them")
 
 
 def without_dropout(model: nn.Module) -> None:
@@ -69,6 +81,8 @@ class TreeTrainer(transformers.Trainer):
         args.remove_unused_columns = False
         args.label_names = []
         args.dataloader_pin_memory = False
+        if args.n_gpu > 1:
+            args._n_gpu = 1  # a process uses one GPU, and transformers would multiply the batch by all that it sees
         if not self.dropout:
             without_dropout(model)
         self.tree_model = TreeModel(model)
@@ -147,7 +161,8 @@ class TreeTrainer(transformers.Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         # Trainer's own place between backward pass and optimiser: a step on such gradients would ruin the weights.
         norm = super()._get_grad_norm(model, grad_norm)
-        self._check_finite("gradient", torch.as_tensor(norm))
+        if self.accelerator.scaler is None:  # float16's scaler leaves such a step out and scales less
+            self._check_finite("gradient", torch.as_tensor(norm))
         return norm
 
     def _check_finite(self, what: str, value: Tensor) -> None:
