@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -14,6 +16,7 @@ from prefdistill.data.bias import biased_groups, common_size, length_biased, lon
 from prefdistill.data.group_files import read_groups
 from prefdistill.data.table import PromptGroup, Response
 from prefdistill.errors import ConfigError, DataError
+from prefdistill.experiments import comparison
 from prefdistill.experiments.comparison import Comparison, collect, run_comparison, run_folder
 from tiny_runs import rows, small, write_rows
 from tiny_tokenizers import gpt2
@@ -120,6 +123,27 @@ def test_a_rows_own_columns_take_no_texts_place(model_folder, tmp_path):
     for row in found:
         assert f"post {row['n']}" in row["prompt"]
         assert row["chosen"].strip() == texts[row["n"] % 2]["text"]
+
+
+def test_the_command_leaves_bad_rows_out_and_writes_what_json_has_not(model_folder, tmp_path, capsys):
+    """As the data sets have them that it is for: rows that no run reads, columns of dates."""
+    path, out = tmp_path / "pairs.parquet", tmp_path / "biased"
+    made = [r if i % 3 else {**r, "chosen": r["rejected"], "rejected": r["chosen"]} for i, r in enumerate(rows(40))]
+    made = [{**row, "when": datetime(2024, 1, 1 + i % 28)} for i, row in enumerate(made)]
+    made[3]["rejected"] = made[3]["chosen"]
+    made[7] = {**made[6], "chosen": made[6]["rejected"], "rejected": made[6]["chosen"]}
+    pq.write_table(pa.Table.from_pylist(made), path)
+    args = ["bias", "--data", str(path), "--model", str(model_folder), "--output-dir", str(out), "--rho", "0.5"]
+    assert main(args) == 2
+    assert "row 4" in capsys.readouterr().err
+    args += ["--on-bad-row", "drop"]
+    assert main(args) == 0
+    assert "2 rows left out, the first because" in capsys.readouterr().err
+    assert main([*args, "--both-orders", "keep", "--limit", "39"]) == 0
+    said = capsys.readouterr().err
+    assert "1 rows left out" in said
+    assert "38 pairs" in said
+    assert json.loads((out / "rho-0.5.jsonl").open().readline())["when"].startswith("2024-01-")
 
 
 @pytest.mark.parametrize(
@@ -247,6 +271,16 @@ def test_the_sweep_is_checked(data, model_folder, tmp_path):
     with pytest.raises(ConfigError, match=r"evaluate\.split"):
         run_comparison(elsewhere)
     assert not (tmp_path / "no").exists()
+
+
+def test_an_experiment_is_of_the_options_seed(data, model_folder, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(comparison, "run_comparison", lambda job: seen.append(job.seeds) or 1 / 0)
+    (tmp_path / "c.yaml").write_text(small(data, model_folder, tmp_path / "out", seed=7).as_yaml())
+    for flags in ([], ["--seed", "8"], ["--seed", "8", "--seeds", "1,2"]):
+        with pytest.raises(ZeroDivisionError):
+            main(["experiment", "length-bias", str(tmp_path / "c.yaml"), *flags])
+    assert seen == [(7,), (8,), (1, 2)]
 
 
 def test_the_experiment_command(data, model_folder, tmp_path, capsys):

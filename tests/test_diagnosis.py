@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 
@@ -12,7 +13,7 @@ from scipy import special, stats
 from prefdistill.ensemble import tilted
 from prefdistill.errors import ConfigError, DataError
 from prefdistill.evaluation.diagnosis import check_run, warnings_of
-from prefdistill.evaluation.judges import describe, is_oracle, load_oracle, oracle_scores
+from prefdistill.evaluation.judges import describe, is_oracle, load_oracle, oracle_fingerprint, oracle_scores
 from prefdistill.evaluation.rewards import (
     agreeing_prompts,
     asked_kl,
@@ -234,6 +235,28 @@ def test_oracles_by_name():
     for name in ("no_such_module:f", "json:no_such_function"):
         with pytest.raises(ConfigError, match=name.split(":")[0]):
             load_oracle(name)
+
+
+class Words:
+    def __call__(self, rows, responses):
+        return score_words(rows, responses)
+
+
+an_object, a_partial, no_function = Words(), functools.partial(score_words), 3.5
+written_in_a_notebook: dict = {}
+exec(compile("def judge(rows, responses): return [0.0]", "<ipython-input-1>", "exec"), written_in_a_notebook)
+in_a_notebook = written_in_a_notebook["judge"]
+
+
+def test_any_callable_judges():
+    """An edit of its file is an edit of the judge, where it has one."""
+    own = oracle_fingerprint(f"{__name__}:score_words")
+    assert len(own) == 32
+    assert oracle_fingerprint(f"{__name__}:an_object") == oracle_fingerprint(f"{__name__}:a_partial") == own
+    assert oracle_fingerprint(f"{__name__}:in_a_notebook") == oracle_fingerprint("builtins:len") == ""
+    assert oracle_scores(f"{__name__}:an_object", [{}], ["a b"]).tolist() == [2.0]
+    with pytest.raises(ConfigError, match="is a float, which cannot be called"):
+        load_oracle(f"{__name__}:no_function")
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,7 @@ def longer_share(out) -> float:
         (["RUN", "--model", "m", "--temperature", "nan"], "--temperature is 'nan'; it must be none or a number"),
         (["RUN", "--model", "m", "--workers", "0"], "--workers is 0; it must be at least 1"),
         (["RUN", "--model", "m", "--prompts", "-1"], "--prompts is -1; it must be at least 1"),
-        (["RUN", "--model", "m"], "no samples of reference; evaluate it first"),
+        (["RUN", "--model", "m"], "summary.json does not exist; evaluate the run first"),
     ],
 )
 def test_wrong_calls_say_what_to_do(flags, said, data, model_folder, tmp_path, capsys):

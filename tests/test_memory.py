@@ -75,11 +75,19 @@ def test_keys_that_flash_kernels_gather_count_on_a_gpu(monkeypatch):
 def test_free_memory_is_within_the_containers(monkeypatch, tmp_path):
     (tmp_path / "memory.max").write_text("5000\n")
     (tmp_path / "memory.current").write_text("1200\n")
-    real = memory.Path
-    monkeypatch.setattr(memory, "Path", lambda p: tmp_path / real(p).name)
+    monkeypatch.setattr(memory, "CONTAINER", tmp_path)
     assert memory.free_bytes(torch.device("cpu")) == 3800
+    (tmp_path / "memory.stat").write_text("anon 300\ninactive_file 800\nactive_file 50\n")
+    assert memory.free_bytes(torch.device("cpu")) == 4600, "files that were read can be dropped"
     (tmp_path / "memory.max").write_text("max\n")
     assert memory.free_bytes(torch.device("cpu")) > 2**20
+
+
+def test_what_pytorch_keeps_of_freed_tensors_is_free(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 9000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 6000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2500)
+    assert memory.free_bytes(torch.device("cuda")) == 4500
 
 
 def test_a_run_that_is_short_of_memory_says_so_and_comes_out_the_same(

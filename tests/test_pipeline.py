@@ -18,7 +18,7 @@ from prefdistill.errors import ConfigError, DataError
 from prefdistill.manifest import Manifest
 from prefdistill.stages import prepare
 from prefdistill.training.callbacks import ProgressCallback
-from tiny_runs import rows, small
+from tiny_runs import rows, small, write_rows
 
 CONTRACT = {"advantage", "win_rate", "kl_policy_ref", "kl_ref_policy", "length_mean", "chosen_logp_change"}
 
@@ -304,6 +304,14 @@ def test_bad_rows_can_be_dropped(tmp_path, model_folder):
         (["--evaluate.judge", "no/such/folder", "--data", "DATA"], ["no/such/folder"]),
         (["--evaluate.judge", "MODEL", "--data", "DATA"], ["no reward model", "SequenceClassification"]),
         (["--reward.pretrained", "no/such/folder", "--data", "DATA"], ["no/such/folder"]),
+        (
+            ["--sample.reference_per_prompt", "0", "--methods", "dpo,p-dpo"],
+            ["p-dpo needs samples", "reference_per_prompt"],
+        ),
+        (["--reward.resample", "length-bias", "--reward.rho", "20,80"], ["reward.rho", "[0, 1]"]),
+        (["--report_to", "tensorbord"], ["'tensorbord' is no tracker", "tensorboard"]),
+        (["--distill.training_arguments", "{optim: adamw8}"], ["training_arguments of", "adamw8"]),
+        (["--distill.training_arguments", "{eval_strategy: steps}"], ["eval_strategy", "distill.checkpoints"]),
         (["missing.yaml"], ["missing.yaml"]),
     ],
 )
@@ -315,6 +323,21 @@ def test_options_are_checked_before_anything_is_written(flags, words, tmp_path, 
     assert code == 2
     assert all(w in said for w in words), said
     assert not out.exists()
+
+
+def test_a_run_inside_its_data_folder_is_done_once(model_folder, tmp_path, capsys):
+    """What is not read there is nothing that the run hangs on."""
+    write_rows(tmp_path / "a.jsonl", rows(20))
+    write_rows(tmp_path / "b.jsonl", rows(20, seed=1))
+    config = small(tmp_path, model_folder, tmp_path / "run", methods="[dpo]")
+    pipeline.run(config, until="data")
+    (tmp_path / "README.md").write_text("about")
+    capsys.readouterr()
+    pipeline.run(config, until="data")
+    assert "nothing to do" in capsys.readouterr().err
+    (tmp_path / "b.jsonl").rename(tmp_path / "c.jsonl")
+    pipeline.run(config, until="data")
+    assert "nothing to do" not in capsys.readouterr().err
 
 
 def test_yaml_and_flags_are_one(tmp_path):

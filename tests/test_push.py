@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import huggingface_hub
@@ -13,7 +14,8 @@ import pytest
 from huggingface_hub import ModelCard
 
 from prefdistill import pipeline
-from prefdistill.cli import main
+from prefdistill.cli import main, parse
+from prefdistill.data.sources import looks_like_hub_id
 from prefdistill.errors import ConfigError
 from prefdistill.lock import held
 from tiny_runs import rows, small, write_rows
@@ -53,6 +55,32 @@ def test_a_card_damages_no_run(done, capsys):
     capsys.readouterr()
     assert main(["run", str(done / "config.yaml"), "--output-dir", str(done)]) == 0
     assert "nothing to do" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["push", "RUN", "dpo"], ["diagnose", "RUN"], ["judge", "RUN", "--model", "m"]])
+def test_an_evaluation_of_other_policies_is_not_told_of_these(command, done, capsys):
+    """Called with other options and not evaluated since; with those of the evaluation again it holds."""
+    command = [{"RUN": str(done)}.get(word, word) for word in command]
+    config = parse("run", [str(done / "config.yaml"), f"--output_dir={done}"])
+    changed = [replace(config, methods=["dpo", "ipo"]), replace(config, distill=replace(config.distill, beta=0.3))]
+    try:
+        for other in changed:
+            pipeline.run(other, until="reference")
+            capsys.readouterr()
+            assert main(command) == 2
+            assert "was not evaluated since" in capsys.readouterr().err
+    finally:
+        pipeline.run(config, until="reference")
+    capsys.readouterr()
+    if command[0] != "judge":  # which has nobody to ask here
+        assert main(command) in (0, 1)
+        assert "evaluated since" not in capsys.readouterr().err
+
+
+def test_a_card_names_no_path_as_a_place_on_the_hub():
+    """One that is not there any more, or is looked for from another folder."""
+    assert not looks_like_hub_id("data/pairs.jsonl")
+    assert looks_like_hub_id("org/pairs")
 
 
 def test_the_hub_is_given_the_folder(done, monkeypatch, capsys):

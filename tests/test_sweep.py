@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from prefdistill import RunConfig, losses, pipeline
 from prefdistill.cli import main
+from prefdistill.commands.sweep import _grid
 from prefdistill.errors import ConfigError
 from prefdistill.experiments.search import optuna_search
 from prefdistill.experiments.sweep import Point, chosen_of, frontier, grid, points_of
@@ -162,6 +163,14 @@ def test_a_search_goes_where_it_is_good():
     tried = optuna_search(config(["dpo"]), {"beta": (0.01, 10.0)}, {}, trials=40)(evaluate)
     miss = [abs(p.options["beta"] - 0.3) for p in tried]
     assert sum(miss[-10:]) < 0.5 * sum(miss[:10])
+
+
+def test_a_grid_varies_what_is_true_or_false():
+    options = config(["dpo"])
+    name, values = _grid("use_dora=true,false")
+    assert [p.options[name] for p in grid(options, {name: values})] == [True, False]
+    name, values = _grid("learning_rate=null,1e-4")
+    assert [p.options[name] for p in grid(options, {name: values})] == [None, 1e-4]
 
 
 @pytest.mark.parametrize(

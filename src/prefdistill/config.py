@@ -259,6 +259,16 @@ class RunConfig:
             raise ConfigError(f"reward.adapters is for hold: lora; with hold: {self.reward.hold} there is no adapter")
         if self.reward.resample == "length-bias" and not self.reward.rho:
             raise ConfigError("reward.resample: length-bias needs reward.rho, e.g. [0.2, 0.5, 0.8]")
+        if not all(0 <= rho <= 1 for rho in self.reward.rho):
+            raise ConfigError(f"reward.rho is {self.reward.rho}; every fraction must lie in [0, 1]")
+        for method in self.methods:
+            drawn = self.reference_samples or self.dataset.drawn_from_reference
+            if self._needs_reference_samples(method) and not drawn:
+                raise ConfigError(
+                    f"{method} needs samples of the reference, for its forward-KL term or its hull; set "
+                    "sample.reference_per_prompt to 2 say, dataset.drawn_from_reference: true if the pairs' own "
+                    "responses were drawn from it, or distill.kl_alpha: 0 (no hull)"
+                )
         if self.reward.given is not None:
             self._check_given_rewards()
         elif self.needs_rewards and self.reward.members + len(self.reward.pretrained) < 1:

@@ -41,12 +41,18 @@ class StageRecord:
 
 
 class Manifest:
-    """The stages of a run directory that are done."""
+    """The stages of a run directory that are done.
+
+    Attributes:
+        stages: by their names.
+        asked: the fingerprint that every stage has under the options that the run was last called with, done or not.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.path = root / "manifest.json"
         self.stages: dict[str, StageRecord] = {}
+        self.asked: dict[str, str] = {}
         if self.path.exists():
             try:
                 read = json.loads(self.path.read_text(encoding="utf-8"))
@@ -57,7 +63,7 @@ class Manifest:
                         f"{self.path} has version {read.get('version')}, this prefdistill reads {VERSION}; use another "
                         "output_dir, or remove it to compute the run again in this directory"
                     )
-                self.stages = _stages(read)
+                self.stages, self.asked = _stages(read), read.get("asked", {})
             except (ValueError, RecursionError) as error:
                 raise DataError(
                     f"{self.path} is broken ({error}); remove it to compute again what cannot be found in this "
@@ -82,6 +88,17 @@ class Manifest:
                 return False
         return True
 
+    def ask(self, prints: dict[str, str]) -> None:
+        """Writes down what all stages hang on from now on."""
+        if prints != self.asked:
+            self.asked = prints
+            self.write()
+
+    def is_stale(self, stage: str) -> bool:
+        """Whether what a stage left is of other options, rows or models than the run was last called with."""
+        record, asked = self.stages.get(stage), self.asked.get(stage)
+        return record is not None and asked is not None and record.fingerprint != asked
+
     def finish(self, stage: str, record: StageRecord, outputs: list[Path]) -> None:
         for output in outputs:
             for file in sorted(output.rglob("*")) if output.is_dir() else [output]:
@@ -101,7 +118,8 @@ class Manifest:
 
     def write(self) -> None:
         stages = {name: asdict(record) for name, record in self.stages.items()}
-        write_json(self.path, {"version": VERSION, "stages": stages, "blake2b": fingerprint_of(stages)})
+        own = fingerprint_of(stages, self.asked)
+        write_json(self.path, {"version": VERSION, "stages": stages, "asked": self.asked, "blake2b": own})
 
 
 def _stages(read: dict[str, Any]) -> dict[str, StageRecord]:
@@ -110,8 +128,9 @@ def _stages(read: dict[str, Any]) -> dict[str, StageRecord]:
     Raises:
         ValueError: they are not as they were written.
     """
-    # Before it held a checksum there were these two alone.
-    if read.keys() != {"version", "stages"} and fingerprint_of(read.get("stages")) != read.get("blake2b"):
+    # Before it held a checksum there were these two alone, then there was no `asked`.
+    held = [read.get("stages"), *([read["asked"]] if "asked" in read else [])]
+    if read.keys() != {"version", "stages"} and fingerprint_of(*held) != read.get("blake2b"):
         raise ValueError("its checksum is not that of its stages")
     try:
         found = {name: StageRecord(**record) for name, record in read["stages"].items()}
@@ -127,14 +146,3 @@ def fingerprint_of(*parts: Any) -> str:
     """A fingerprint of anything JSON can hold."""
     text = json.dumps(parts, sort_keys=True, default=str, ensure_ascii=False)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def file_fingerprint(path: Path) -> str:
-    """Of a file's bytes, or of all files of a folder."""
-    digest = hashlib.blake2b(digest_size=16)
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
-            digest.update(file.relative_to(path.parent).as_posix().encode())
-            with file.open("rb") as opened:
-                digest.update(hashlib.file_digest(opened, "blake2b").digest())
-    return digest.hexdigest()

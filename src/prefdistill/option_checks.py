@@ -71,6 +71,7 @@ RUNS_OWN = {
     **dict.fromkeys(("output_dir", "save_only_model", "save_total_limit", "save_strategy"), _CHECKPOINTS),
     **dict.fromkeys(("resume_from_checkpoint", "load_best_model_at_end", "push_to_hub"), _CHECKPOINTS),
     **{name: f"the option for it is distill.{name}" for name in ("save_steps", "logging_steps", "learning_rate")},
+    **dict.fromkeys(("do_eval", "eval_strategy", "eval_steps"), "policies are chosen by distill.checkpoints"),
     **dict.fromkeys(("seed", "report_to", "gradient_checkpointing"), "there is an option of this name"),
     **dict.fromkeys(("bf16", "fp16"), "the option for it is precision"),
     "torch_compile": "the option for it is compile",

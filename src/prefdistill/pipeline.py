@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from prefdistill import ranks
 from prefdistill.atomic import remove_unfinished
@@ -47,6 +48,7 @@ def run(config: RunConfig, *, until: str | None = None) -> Path:
     check_trackers(config.report_to)
     with ranks.joined(), contextlib.ExitStack() as stack:
         _check_batches(config)
+        _check_arguments(config)
         ranks.from_main(_check_output, config)
         job = Run(config, progress=on_terminal if ranks.is_main() else silent)
         if config.sample.engine == "vllm":
@@ -82,10 +84,11 @@ def _run(job: Run, until: str | None, encoded: Callable[[], prepare.Encoded], op
     """What is missing of the stages, by processes of which the first holds the directory."""
     manifest = Manifest(job.root)
     stages = plan(job, manifest, lambda: prepare.make_data(job, *encoded()), options)
-    stages = _up_to(stages, until, job)
     prints: dict[str, str] = {}
     for stage in stages:
         prints[stage.name] = fingerprint_of(stage.name, stage.options, [prints[a] for a in stage.after if a in prints])
+    stages = _up_to(stages, until, job)
+    ranks.from_main(manifest.ask, prints)
     ranks.from_main(job.config.write, job.root / "config.yaml")
     if ranks.count() > 1:
         job.precision = ranks.from_main(lambda: job.precision)  # measured once, for all
@@ -164,6 +167,19 @@ def _check_batches(config: RunConfig) -> None:
     batches |= {f"distill.batch_prompts of {m}": config.distill.of(m).batch_prompts for m in config.methods}
     for option, prompts in batches.items():
         ranks.share_of(option, prompts)
+
+
+def _check_arguments(config: RunConfig) -> None:
+    """Raises ConfigError for training_arguments that transformers would refuse in the middle of the run."""
+    for method in config.methods:
+        own = config.distill.of(method).training_arguments
+        # What shards sets variables that every other training would read.
+        plain = {k: v for k, v in own.items() if not k.startswith(("fsdp", "deepspeed"))}
+        try:
+            transformers.TrainingArguments(output_dir=config.output_dir, report_to="none", **plain)
+        except (ValueError, TypeError, ImportError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ConfigError(f"distill.training_arguments of {method}: {reason}") from error
 
 
 def _is_run(root: Path) -> bool:

@@ -9,9 +9,11 @@ from typing import Any
 
 from prefdistill.config import RunConfig
 from prefdistill.data.group_files import TABLE_FORMAT
+from prefdistill.data.sources import files_of
 from prefdistill.evaluation.judges import is_oracle, oracle_fingerprint
-from prefdistill.manifest import Manifest, file_fingerprint, fingerprint_of
+from prefdistill.manifest import Manifest, fingerprint_of
 from prefdistill.scoring import model_fingerprint
+from prefdistill.seals import checksum
 from prefdistill.stages import distill, draw, evaluate, members, prepare, reference, report, rewards
 from prefdistill.stages.run import Run
 
@@ -226,4 +228,6 @@ def _drawing(job: Run, method: str, common: dict[str, Any]) -> Stage:
 
 def _rows_fingerprint(config: RunConfig) -> str:
     path = prepare.EMBEDDED_PAIRS if config.data == "embedded" else Path(config.data).expanduser()
-    return file_fingerprint(path) if path.exists() else fingerprint_of(config.data, config.dataset.split)
+    if not path.exists():
+        return fingerprint_of(config.data, config.dataset.split)
+    return fingerprint_of([(file.name, checksum(file)) for file in files_of(path)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from prefdistill.atomic import write_text
-from prefdistill.errors import ConfigError
+from prefdistill.atomic import json_line, write_text
+from prefdistill.errors import ConfigError, DataError
 
 USUAL = (0.2, 0.8)  # sizes are kept equal over at least this range, whatever --rho asks for
 
@@ -33,6 +32,16 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--split", default="train", help="of a hub data set")
     made.add_argument("--config-name", help="of a hub data set")
     made.add_argument("--data-dir", help="of a hub data set, such as helpful-base of Anthropic/hh-rlhf")
+    made.add_argument("--limit", type=int, help="rows that are read at most")
+    made.add_argument(
+        "--on-bad-row",
+        choices=("stop", "drop"),
+        default="stop",
+        help="at a row that cannot be used, or leave such rows out",
+    )
+    made.add_argument(
+        "--both-orders", choices=("stop", "keep"), default="stop", help="a pair that stood before the other way round"
+    )
     return made
 
 
@@ -49,7 +58,20 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"--pairs is {options.pairs}; it must be at least 1")
     if options.with_replacement and options.pairs is None:
         raise ConfigError("--with-replacement needs --pairs; without it every file has pairs that occur once")
-    pairs = load_pairs(options.data, split=options.split, config_name=options.config_name, data_dir=options.data_dir)
+    left_out: list[str] = []
+    pairs = load_pairs(
+        options.data,
+        split=options.split,
+        config_name=options.config_name,
+        data_dir=options.data_dir,
+        limit=options.limit,
+        both_orders=options.both_orders,
+        on_bad_row=None if options.on_bad_row == "stop" else lambda where, error, row: left_out.append(str(error)),
+    )
+    if left_out:
+        print(f"{len(left_out)} rows left out, the first because: {left_out[0]}", file=sys.stderr)
+    if not pairs:
+        raise DataError(f"{options.data}: no row can be used")
     signs = token_signs(Encoder(load_tokenizer(options.model)), pairs)
     size = options.pairs or common_size(signs, {*rhos, *USUAL})
     # All are drawn before any is written: a rho that the data refuse leaves nothing behind.
@@ -66,7 +88,7 @@ def main(argv: list[str]) -> int:
     for rho, drawn in weights.items():
         path = options.output_dir / f"rho-{rho:g}.jsonl"
         rows = [pair.row() for pair, weight in zip(pairs, drawn.tolist(), strict=True) for _ in range(weight)]
-        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_text(path, "".join(json_line(row) + "\n" for row in rows))
         print(f"{path}: {len(rows)} pairs, {int(drawn[signs > 0].sum()) / len(rows):.3f} prefer the longer response")
     return 0
 

@@ -29,6 +29,7 @@ def main(argv: list[str]) -> int:
     from prefdistill.stages.diagnose import diagnose
 
     run = opened(options.run)
+    run.check_evaluated()
     summary, ensemble = (_read(run.evaluation_path, name) for name in ("summary", "ensemble"))
     checks = diagnose(run, summary["methods"], ensemble, summary["judge"])
     if options.json:

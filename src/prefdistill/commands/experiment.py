@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--rhos", type=_rhos, help=f"fractions, e.g. 0.2,0.5,0.8; {AS_LABELLED} for all pairs")
     made.add_argument("--member-rhos", type=_rhos, help="further rho whose reward models join the ensemble")
     made.add_argument("--methods", type=_names, help="e.g. dpo,d-dpo,e-dpo; dpo must be among them")
-    made.add_argument("--seeds", type=_whole, default=(0,), help="e.g. 0,1,2")
+    made.add_argument("--seeds", type=_whole, help="e.g. 0,1,2; the option seed alone where not given")
     made.add_argument("--quick", action="store_true", help="the ends of rho, four methods, fewer prompts")
     return made
 
@@ -84,7 +84,7 @@ def main(argv: list[str]) -> int:
         config,
         options.rhos or (experiment.quick_rhos if options.quick else experiment.rhos),
         options.methods or (QUICK_METHODS if options.quick else METHODS),
-        options.seeds,
+        options.seeds or (config.seed,),
         options.member_rhos or experiment.member_rhos,
     )
     quiet()

@@ -109,6 +109,7 @@ def judge(run: Any, options: Any, methods: list[str]) -> dict[str, Any]:
     from prefdistill.seals import checksum
     from prefdistill.stages.draw import held_out_groups, read_samples, samples_path
 
+    run.check_evaluated()
     for name in ("reference", *methods):
         if not samples_path(run, name).exists():
             raise DataError(f"{run.root} has no samples of {name}; evaluate it first: prefdistill evaluate CONFIG.yaml")

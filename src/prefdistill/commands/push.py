@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from prefdistill.errors import ConfigError, DataError
+from prefdistill.errors import ConfigError
 
 
 def parser() -> argparse.ArgumentParser:
@@ -59,9 +59,7 @@ def card_text(run: Any, method: str, licence: str | None) -> str:
     from prefdistill.atomic import read_json
     from prefdistill.report.card import card_of
 
-    summary = run.evaluation_path / "summary.json"
-    if not summary.exists():
-        raise DataError(f"{summary} does not exist; evaluate the run first: prefdistill evaluate CONFIG.yaml")
+    run.check_evaluated()
     asked = dataclasses.asdict(run.config.distill.of(method))
     own = {k: v for k, v in asked.items() if k not in ("per_method", "training_arguments") and v is not None}
     return card_of(
@@ -71,7 +69,7 @@ def card_text(run: Any, method: str, licence: str | None) -> str:
         data=run.config.data,
         licence=licence,
         version=version("prefdistill"),
-        summary=read_json(summary),
+        summary=read_json(run.evaluation_path / "summary.json"),
         counts=read_json(run.root / "data" / "data.json"),
         options=yaml.safe_dump({"seed": run.config.seed, "distill": own}, sort_keys=False),
     )

@@ -70,7 +70,7 @@ def read_rows(
         if is_saved(path):
             return saved_rows(path, split)
         return _file_after_file(_folder_files(path) if path.is_dir() else [path], on_bad_line or _stop)
-    if _looks_like_hub_id(source):
+    if looks_like_hub_id(source):
         return hub_rows(source, split, config_name, data_dir)
     raise DataError(
         f"{source!r}: no such file or folder (looked from {Path.cwd()}). Give a file that ends in one of "
@@ -82,7 +82,8 @@ def _stop(where: str, error: DataError, row: Any) -> None:
     raise error
 
 
-def _looks_like_hub_id(source: str) -> bool:
+def looks_like_hub_id(source: str) -> bool:
+    """Whether a text could be NAME or ORG/NAME on the hub and not the name of a data file."""
     return _HUB_ID.fullmatch(source) is not None and _FILE_ENDING.search(source) is None
 
 
@@ -93,6 +94,17 @@ def _endings() -> str:
 def _reader(path: Path) -> Callable[[Path, OnBad], Rows] | None:
     name = path.name.lower()
     return next((reader for ending, reader in _READERS.items() if name.endswith(ending)), None)
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files that `read_rows` reads of a file or folder, in order.
+
+    Raises:
+        DataError: a folder has none.
+    """
+    if not path.is_dir():
+        return [path]
+    return sorted(file for file in path.rglob("*") if file.is_file()) if is_saved(path) else _folder_files(path)
 
 
 def _folder_files(folder: Path) -> list[Path]:

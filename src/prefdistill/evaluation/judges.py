@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import inspect
@@ -40,7 +41,28 @@ def load_oracle(name: str) -> Oracle:
             f"evaluate.judge {name!r} cannot be imported ({error}); give module:function of an importable module, a "
             "folder or hub id of a reward model, or heldout"
         ) from error
+    if not callable(found):
+        raise ConfigError(
+            f"evaluate.judge {name!r} is a {type(found).__name__}, which cannot be called; name a function"
+        )
     return found
+
+
+def oracle_fingerprint(name: str) -> str:
+    """A fingerprint of the file that an oracle's function is written in: edited, it judges anew.
+
+    Of a partial the function's, of another object its class's; "" where there is no such file (a notebook, built-ins).
+    """
+    found: Any = inspect.unwrap(load_oracle(name))
+    while isinstance(found, functools.partial):
+        found = found.func
+    try:
+        file = inspect.getsourcefile(found if inspect.isroutine(found) or inspect.isclass(found) else type(found))
+    except TypeError:  # built in
+        return ""
+    if file is None or not Path(file).is_file():
+        return ""
+    return hashlib.blake2b(Path(file).read_bytes(), digest_size=16).hexdigest()
 
 
 def oracle_scores(name: str, rows: Sequence[Mapping[str, Any]], responses: Sequence[str]) -> np.ndarray:
@@ -67,14 +89,6 @@ def oracle_scores(name: str, rows: Sequence[Mapping[str, Any]], responses: Seque
             "mend the function, or take the prompts out that it cannot judge"
         )
     return scores
-
-
-def oracle_fingerprint(name: str) -> str:
-    """A fingerprint of the file that an oracle's function is written in: edited, it judges anew."""
-    file = inspect.getsourcefile(inspect.unwrap(load_oracle(name)))
-    if file is None:
-        return ""
-    return hashlib.blake2b(Path(file).read_bytes(), digest_size=16).hexdigest()
 
 
 def describe(oracle: Oracle) -> str:

@@ -54,7 +54,10 @@ Preferred: A
 Preferred: B
 Preferred: tie"""
 
-_PREFERRED = re.compile(r"preferred:[\s*_]*(a|b|tie)\b", re.IGNORECASE)
+# As judges write it, too: "Preferred: Response A", "(A)", "A tie"; not "A or B".
+_PREFERRED = re.compile(
+    r"preferred:[\s*_]*(?:response[ *_]+)?[\"'(\[]*(?:a +(?=tie))?(tie|a|b)\b(?! *(?:or\b|and\b|[=/&]))", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from prefdistill.models.head import LOGITS_AT_ONCE
 logger = logging.getLogger(__name__)
 
 MARGIN = 1.3  # what allocators waste, and what is not counted
+CONTAINER = Path("/sys/fs/cgroup")
 LOGIT_COPIES = 4  # logits, their softmax and its rounding, in float32
 
 
@@ -43,13 +44,19 @@ def _heads(text: Any) -> tuple[int, int, int]:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that a process can still get: the device's, or the machine's within the limit of a container."""
+    """Memory that a process can still get: the device's, or the machine's within the limit of a container.
+
+    What PyTorch keeps of freed tensors on a device counts, and so do a container's files in memory that can be dropped.
+    """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     free = int(psutil.virtual_memory().available)
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    limit, used = CONTAINER / "memory.max", CONTAINER / "memory.current"
     if limit.exists() and used.exists() and limit.read_text().strip() != "max":
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
+        stat = CONTAINER / "memory.stat"
+        files = dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}
+        free = min(free, int(limit.read_text()) - int(used.read_text()) + int(files.get("inactive_file", 0)))
     return free
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from prefdistill.data.sources import looks_like_hub_id
+
 BODY = """---
 {{ card_data }}
 ---
@@ -76,7 +78,7 @@ def card_of(
         options: YAML of what was asked for.
     """
     figures = summary["methods"][name]
-    on_hub = lambda text: "/" in text and not Path(text).exists() and text.count("/") == 1  # noqa: E731
+    on_hub = lambda text: looks_like_hub_id(text) and "/" in text and not Path(text).exists()  # noqa: E731
     metadata = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",

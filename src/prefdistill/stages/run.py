@@ -23,6 +23,8 @@ from prefdistill.data.group_files import read_groups
 from prefdistill.data.table import Groups, shorten
 from prefdistill.data.tokenise import Encoder
 from prefdistill.data.tree import Tree
+from prefdistill.errors import DataError
+from prefdistill.manifest import Manifest
 from prefdistill.models.adapters import Classifiers
 from prefdistill.models.loading import (
     EMBEDDED_MODEL,
@@ -108,6 +110,17 @@ class Run:
     @property
     def report_path(self) -> Path:
         return self.root / ("report.html" if self.config.evaluate.split == "test" else "report-validation.html")
+
+    def check_evaluated(self) -> None:
+        """Raises DataError where the evaluation is not that of the policies and options of this run."""
+        summary = self.evaluation_path / "summary.json"
+        if not summary.exists():
+            raise DataError(f"{summary} does not exist; evaluate the run first: prefdistill evaluate CONFIG.yaml")
+        if Manifest(self.root).is_stale(self.evaluates):
+            raise DataError(
+                f"{summary} is of before options, rows or models changed, and the run was not evaluated since: "
+                f"prefdistill evaluate {self.root / 'config.yaml'}"
+            )
 
     def policy_path(self, method: str) -> Path:
         return self.root / "policy" / method

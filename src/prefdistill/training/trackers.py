@@ -7,6 +7,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
 from prefdistill.errors import ConfigError
 
 # Trackers that need a package of their own, by transformers' names.
@@ -15,8 +17,13 @@ _SET_HERE: set[str] = set()
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raises ConfigError for a tracker whose package is not there; transformers would say so in the middle of a run."""
+    """Raises ConfigError for a tracker that transformers does not know, or whose package is not there.
+
+    transformers would say so in the middle of a run.
+    """
     for name in names:
+        if name not in (*INTEGRATION_TO_CALLBACK, "all", "none"):
+            raise ConfigError(f"report_to: {name!r} is no tracker; give some of {', '.join(INTEGRATION_TO_CALLBACK)}")
         package = PACKAGES.get(name)
         if package is not None and importlib.util.find_spec(package) is None:
             raise ConfigError(f"report_to: {name} needs the package {package}; pip install {package}")
