@@ -140,6 +140,14 @@ def test_an_end_that_is_an_added_but_no_special_token():
     assert decoded(tokenizer, e.response_ids(user("q"), "Hello.")) == "Hello.<|im_end|>"
 
 
+def test_a_template_that_writes_the_date_writes_one():
+    """The same rows have the same ids tomorrow; columns are found by them."""
+    dated = "\n{% if strftime_now is defined %}{{ strftime_now('%d %b %Y, %A %B %H:%M') }}{% endif %}" + tiny.CHATML
+    encoder = Encoder(tiny.chatml(dated))
+    assert encoder.prompt_text(user("Hi")).startswith("\n26 Jul 2024, Friday July 00:00<|im_start|>user")
+    assert encoder.response_text(user("Hi"), assistant("Yes")).startswith("Yes")
+
+
 def test_an_adapters_ends_are_those_of_its_base(tmp_path):
     base = tiny_model("llama")
     base.generation_config.eos_token_id = [2, 7]

@@ -85,6 +85,11 @@ def test_a_missing_compiler_is_named(monkeypatch):
     monkeypatch.setattr(library.shutil, "which", lambda name: None)
     with pytest.raises(ConfigError, match="g\\+\\+"):
         compiled.check_compiler(torch.device("cpu"))
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(ConfigError, match="\\$CC, cc, gcc nor clang"):
+        compiled.check_compiler(torch.device("cuda"))
+    monkeypatch.setattr(library.shutil, "which", lambda name: f"/usr/bin/{name}" if name == "clang" else None)
+    compiled.check_compiler(torch.device("cuda"))
 
 
 def test_a_model_without_layers_is_refused():

@@ -97,6 +97,19 @@ def test_each_illness_is_named():
     assert ill({}, judge={"heldout_accuracy": 0.47, "n_heldout": 53}) == [("weak judge", "judge")]
 
 
+def test_ready_and_given_rewards_need_not_be_log_odds():
+    """Right four times in five, with margins of six: nothing made their scale, and accuracy says what they are."""
+    large = {"log_loss": 1.2, "accuracy": 0.8}
+    trained = [{**member(name=f"member {k}"), "temperature": 0.5} for k in range(2)]
+    ready = {**member(name="member 1", **large), "temperature": None}
+    assert ill({}, [trained[0], ready], member("mean", **large)) == []
+    assert ill({}, [trained[0], {**ready, "accuracy": 0.51}]) == [("weak reward model", "member 1")]
+    assert ill({}, trained, member("mean", **large)) == [("weak reward model", "mean")]
+    (found,) = [c for c in checks({}, [ready]) if c.kind == "weak reward model"]
+    assert (found.value, found.threshold) == (0.8, 0.525)
+    assert "no log-odds" in found.text
+
+
 @pytest.mark.parametrize(
     ("low", "high", "state", "answer"),
     [

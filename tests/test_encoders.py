@@ -15,13 +15,19 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from prefdistill import pipeline
 from prefdistill.data.text_pairs import PairEncoder
 from prefdistill.data.tree import Tree
-from prefdistill.errors import ConfigError
+from prefdistill.errors import ConfigError, DataError
 from prefdistill.models.adapters import Classifiers
 from prefdistill.models.loading import load_classifier, reads_text_pairs
 from prefdistill.models.sequence import SequenceModel
 from prefdistill.scoring import Column, fill_columns, rewards_forward
-from tiny_runs import WORDS, small
+from tiny_models import tiny
+from tiny_runs import WORDS, rows, small, write_rows
+from tiny_tokenizers import chatml, gpt2
 
+LLAMA_WITHOUT_SYSTEM = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+    "<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 LONGEST = 40
 
@@ -189,3 +195,27 @@ def test_the_token_budget_counts_every_repeated_prompt(encoder_folder, tmp_path,
     )
     assert len(column.of(Tree(prompt, responses))) == 4
     assert max(widths) <= 24
+
+
+@pytest.mark.parametrize("option", ["evaluate.judge", "reward.pretrained"])
+def test_a_reward_model_that_cannot_read_the_prompts_is_told_of_first(option, data, model_folder, tmp_path):
+    """Not after all policies: no chat template, or one that knows no system turn, beside data of messages."""
+    policy = chatml()
+    made = tiny("llama", vocab_size=len(policy), pad_token_id=None, eos_token_id=policy.eos_token_id)
+    made.save_pretrained(tmp_path / "policy")
+    policy.save_pretrained(tmp_path / "policy")
+    say = lambda role, content: {"role": role, "content": content}  # noqa: E731
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    pairs = [{column: [say(roles[column], text)] for column, text in row.items()} for row in rows()]
+    pairs[20]["prompt"].insert(0, say("system", "Be brief."))
+    judge = str(tmp_path / "judge")
+    asked = {"methods": "[d-dpo]", option: f"[{judge}]" if option == "reward.pretrained" else judge}
+    config = small(write_rows(tmp_path / "p.jsonl", pairs), tmp_path / "policy", tmp_path / "run", **asked)
+    for template, said in ((None, "row 1.*no chat template"), (LLAMA_WITHOUT_SYSTEM, "row 21.*refuses the messages")):
+        tokenizer = gpt2(template)
+        made = tiny("llama", classifier=True, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+        made.save_pretrained(judge)
+        tokenizer.save_pretrained(judge)
+        with pytest.raises((DataError, ConfigError), match=f"(?s){said}"):
+            pipeline.run(config)
+        assert not (tmp_path / "run").exists()

@@ -273,6 +273,14 @@ FAULTS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "plain, part of a word shared": (implicit("blue", "brown"), ["'rejected'", "no words at the beginning"]),
     "plain, whitespace shared": (implicit(" Yes", " No"), ["'rejected'", "no words at the beginning"]),
     "plain, one goes on": (implicit("The sky", "The sky is"), ["'chosen'", "blank response"]),
+    # Intel's and distilabel's Orca pairs, CodeUltraFeedback's; blank columns and transcripts ask nothing.
+    "question beside": (
+        implicit("Based on this", "Based on that") | {"system": "", "question": "Why?"},
+        ["'question'", "would be left out", "Rename it to 'prompt'"],
+    ),
+    "system beside": (implicit("The sky", "The sea") | {"system": "Be brief."}, ["'system'", "Rename it to 'prompt'"]),
+    "messages as JSON": (pair_row(prompt=json.dumps(HI)), ["'prompt'", "written as one text", "JSON Lines"]),
+    "messages as Python": (implicit(str([*HI, assistant("c")]), "c"), ["'chosen'", "written as one text"]),
     "surrogate": (pair_row(chosen="ab\ud83d"), ["'chosen'", "U+D83D at character 3"]),
     "surrogate in a message": (pair_row(prompt=[user("\udc00")]), ["'prompt'", "U+DC00"]),
     "surrogate in another column": (pair_row(meta={"tags": ["\ud800"]}), ["'meta'", "U+D800"]),
@@ -298,6 +306,21 @@ FAULTS: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["'info'", "null under 'title'"],
     ),
 }
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        implicit("The sky is", "The sea is") | {"question": " ", "input": None, "query": 3},
+        implicit("\n\nHuman: A\n\nAssistant: B", "\n\nHuman: A\n\nAssistant: C") | {"system": "Be brief."},
+        implicit([*HI, assistant("c")], [*HI, assistant("r")]) | {"question": "Why?"},
+        pair_row(question="Why?", system="Be brief."),
+        pair_row(prompt="[{1: 2}]", chosen='[{"role": "user"}]', rejected="[{]"),
+    ],
+)
+def test_what_asks_nothing_is_no_fault(row: dict[str, Any]) -> None:
+    pair = to_pair(row, WHERE)
+    assert pair.extra == {k: v for k, v in row.items() if k not in ("prompt", "chosen", "rejected")}
 
 
 @pytest.mark.parametrize(("row", "parts"), FAULTS.values(), ids=FAULTS)

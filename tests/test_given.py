@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from prefdistill import DistillExample, Tree, pipeline
+from prefdistill.data.tokenise import Encoder
 from prefdistill.errors import ConfigError, DataError
 from prefdistill.stages.distill import examples_of
 from prefdistill.stages.run import Run
@@ -158,6 +159,20 @@ def test_a_member_that_the_data_does_not_have(model_folder, tmp_path):
     config = small(file_of(tmp_path, scored_rows()), model_folder, tmp_path / "run", **options)
     with pytest.raises(ConfigError, match="names 2; the data has rewards of 2 members"):
         pipeline.run(config, until="distill")
+
+
+def test_responses_of_the_same_tokens_have_no_rewards_to_compare(model_folder, tmp_path, monkeypatch):
+    """Texts that a tokenizer's normaliser makes equal: dropped and counted, as without rewards."""
+    made = scored_rows()
+    made[3]["rejected"] = made[3]["chosen"].upper()
+    real = Encoder.response_ids
+    monkeypatch.setattr(
+        Encoder, "response_ids", lambda self, prompt, response, **k: real(self, prompt, response.lower(), **k)
+    )
+    config = small(file_of(tmp_path, made), model_folder, tmp_path / "run", methods="[d-dpo]", **GIVEN)
+    pipeline.run(config, until="data")
+    found = json.loads((tmp_path / "run" / "data" / "data.json").read_text())
+    assert (found["same_tokens"], found["bad_rows"], found["pairs"]) == (1, 0, len(made) - 1)
 
 
 def test_unknown_rewards_stand_in_no_pair():

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
 from prefdistill import pipeline
+from prefdistill.cli import main
 from prefdistill.data.tree import Tree
 from prefdistill.errors import ConfigError
 from prefdistill.models import memory
 from prefdistill.models.forward import TreeModel
 from prefdistill.models.memory import activation_bytes, needs_checkpointing, step_bytes
+from prefdistill.training.distill import DistillTrainer
 from tiny_models import tiny
 from tiny_runs import small
 
@@ -111,3 +116,52 @@ def test_a_run_that_is_short_of_memory_says_so_and_comes_out_the_same(
 def test_a_wrong_word_is_refused(data, model_folder, tmp_path):
     with pytest.raises(ConfigError, match="gradient_checkpointing is 'often'; it must be one of auto, always, never"):
         pipeline.run(small(data, model_folder, tmp_path, gradient_checkpointing="often"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+        MemoryError(),
+    ],
+)
+def test_a_run_without_memory_says_what_to_do(error, data, model_folder, tmp_path, monkeypatch, capsys):
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(pipeline, "run", fails)
+    assert main(["run", f"--data={data}", f"--model={model_folder}", f"--output-dir={tmp_path / 'run'}"]) == 2
+    said = capsys.readouterr().err
+    assert "there is no memory left" in said
+    assert "gradient_checkpointing: always" in said
+    assert "Traceback" not in said
+
+
+def test_a_trained_model_is_gone_before_the_next_is_loaded(data, model_folder, tmp_path, monkeypatch):
+    """A Trainer and its model are cycles, which nothing but a collection ends."""
+    alive: list[weakref.ref] = []
+    counts = []
+    real = DistillTrainer.__init__
+
+    def counted(self, model, *args, **kwargs):
+        counts.append(sum(ref() is not None for ref in alive))
+        alive.append(weakref.ref(model))
+        real(self, model, *args, **kwargs)
+
+    monkeypatch.setattr(DistillTrainer, "__init__", counted)
+    gc.disable()
+    try:
+        pipeline.run(small(data, model_folder, tmp_path / "run", methods="[dpo,ipo]"), until="distill")
+    finally:
+        gc.enable()
+    assert counts == [0, 0]
+
+
+def test_weights_rounded_for_bfloat16_are_counted(tmp_path):
+    model = tiny("llama").requires_grad_(False)
+    tree = Tree((5, 6), ((7, 2),))
+    exact, rounded = (step_bytes(model, [tree], 1, bfloat16=b) for b in (False, True))
+    config, n = model.config, sum(p.numel() for p in model.parameters())
+    kept = [memory.activation_bytes(config, tree.tokens, bfloat16=b) for b in (False, True)]
+    assert rounded - exact == pytest.approx(2 * n + memory.MARGIN * (kept[1] - kept[0]), abs=2)

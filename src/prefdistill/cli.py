@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _command(command: str, argv: list[str]) -> int:
     from prefdistill import ranks
-    from prefdistill.errors import ConfigError, PrefdistillError, is_disk_full
+    from prefdistill.errors import ConfigError, PrefdistillError, is_disk_full, is_out_of_memory
 
     # Libraries' bars go away; tqdm reads this when it is imported, which parsing may do.
     os.environ.setdefault("TQDM_DISABLE", "1")
@@ -101,12 +101,21 @@ def _command(command: str, argv: list[str]) -> int:
         print(f"prefdistill{who}: {error}", file=sys.stderr)
         return 2
     except Exception as error:
-        if not is_disk_full(error):
+        if is_disk_full(error):
+            what, remedy = "the disk is full", "make room (there, or where temporary files go, $TMPDIR)"
+        elif is_out_of_memory(error):
+            what, remedy = (
+                "there is no memory left",
+                (
+                    "set gradient_checkpointing: always, fewer prompts a batch (batch_prompts), a smaller "
+                    "score.token_budget, an adapter (lora_rank; reward.hold: lora or head) or load_in_4bit"
+                ),
+            )
+        else:
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         print(
-            f"prefdistill: the disk is full ({reason}); what was finished is kept: make room (there, or where "
-            "temporary files go, $TMPDIR), and the same command goes on",
+            f"prefdistill: {what} ({reason}); what was finished is kept: {remedy}, and the same command goes on",
             file=sys.stderr,
         )
         return 2

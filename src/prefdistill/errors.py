@@ -21,6 +21,12 @@ class TrainingError(PrefdistillError):
     """A training whose loss or gradients are no longer numbers; its last good checkpoint is kept."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the machine has no memory left, as Python or PyTorch say it."""
+    said = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return said or isinstance(error, MemoryError)
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Whether a library says, each in its own way, that a file system has no room left."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

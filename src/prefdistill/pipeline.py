@@ -24,13 +24,15 @@ from prefdistill.evaluation.judges import is_oracle, load_oracle
 from prefdistill.lock import HOLDER, LOCK, held
 from prefdistill.manifest import Manifest, StageRecord, fingerprint_of
 from prefdistill.models.adapter_folders import is_adapter
+from prefdistill.models.allocator import give_back_memory
+from prefdistill.models.compiled import check_compiler
 from prefdistill.models.loading import check_classifier, is_put_together, load_config, reads_text_pairs
 from prefdistill.models.precision import forward_seconds
 from prefdistill.models.quantise import check_4bit
 from prefdistill.plan import Stage, data_options, plan
 from prefdistill.progress import on_terminal, silent
 from prefdistill.stages import prepare
-from prefdistill.stages.encoders import encoder_of
+from prefdistill.stages.encoders import check_readers, encoder_of
 from prefdistill.stages.run import Run
 from prefdistill.training.trackers import check_trackers
 
@@ -61,6 +63,8 @@ def run(config: RunConfig, *, until: str | None = None) -> Path:
         gpus = torch.cuda.device_count()
         if gpus > 1 and ranks.count() == 1:
             _say(f"one of {gpus} GPUs is used; for all: torchrun --nproc-per-node {gpus} -m prefdistill run ...")
+        if config.compile:
+            check_compiler(job.device)
         for option in config.in_4bit():
             check_4bit(option, job.device)
         # Bad data or a model that is not there must stop the run before its directory exists.
@@ -104,6 +108,8 @@ def _run(job: Run, until: str | None, encoded: Callable[[], prepare.Encoded], op
     guess = None
     if ranks.is_main():
         groups = encoded()[0] if todo[0].name == "data" else read_groups(job.groups_path)
+        if todo[0].name != "data":
+            check_readers(job, groups)  # of other options than when the rows were read
         guess = _seconds_a_pass(job, groups.of("train"))
     for number, stage in enumerate(stages, start=1):
         if stage not in todo:
@@ -115,6 +121,7 @@ def _run(job: Run, until: str | None, encoded: Callable[[], prepare.Encoded], op
         left = f", about {_minutes(a_pass * rest)} left in all" if a_pass else ""
         _say(f"[{number}/{len(stages)}] {stage.name}: {stage.does}{left}")
         seconds = _work(stage, prints[stage.name], manifest, job)
+        give_back_memory()  # a trained model hangs in cycles, and the next one may not fit beside it
         spent, worked = spent + seconds, worked + stage.cost
     _say(f"done in {_minutes(time.monotonic() - began)}: {job.root}")
     return job.root

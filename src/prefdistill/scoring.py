@@ -12,6 +12,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -144,14 +145,24 @@ def model_fingerprint(folder_or_id: str, *parts: object) -> str:
             digest.update(model_fingerprint(adapter_base(folder_or_id)).encode())
         for file in sorted(folder.rglob("*")):
             if file.suffix in (".safetensors", ".bin") or file.name in ("config.json", ADAPTER_CONFIG):
-                digest.update(file.name.encode())
-                with file.open("rb") as opened:
-                    digest.update(hashlib.file_digest(opened, "blake2b").digest())
+                digest.update(file.name.encode() + _hash_of(file))
     else:
         digest.update(folder_or_id.encode())
         digest.update(str(_hub_commit(folder_or_id)).encode())
     digest.update(json.dumps([str(p) for p in parts]).encode())
     return digest.hexdigest()
+
+
+def _hash_of(file: Path) -> bytes:
+    """Of its bytes, which are read once as long as it is the same file: a run asks for that of gigabytes many times."""
+    known = file.stat()
+    return _hashed(file, known.st_ino, known.st_size, known.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _hashed(file: Path, *known: int) -> bytes:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "blake2b").digest()
 
 
 def _hub_commit(name: str) -> str | None:

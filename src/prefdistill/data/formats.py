@@ -24,7 +24,7 @@ from itertools import islice
 from typing import Any
 
 from prefdistill.data.checks import bad, check_different, check_encodable, check_parts, is_blank, kind, names
-from prefdistill.data.neighbours import RENDER, left_out, no_pairs, only_text
+from prefdistill.data.neighbours import RENDER, holds_messages, left_out, no_pairs, only_text, question_beside
 from prefdistill.data.sources import OnBad, read_rows
 from prefdistill.data.transcripts import ASSISTANT, hh_seam, is_hh_transcript, turn_seam, word_seam
 from prefdistill.errors import ConfigError, DataError
@@ -146,7 +146,12 @@ def to_pair(row: dict[str, Any], where: str) -> Pair:
         parts = _explicit_parts(*(_text(row[name], name, where) for name in used), where=where)
         columns = _PAIR_COLUMNS
     else:
-        parts = _implicit_parts(*(_text(row[name], name, where) for name in used), where=where)
+        chosen, rejected = (_text(row[name], name, where) for name in used)
+        asked = question_beside(row, chosen, rejected)
+        if asked is not None:
+            remedy = "Rename it to 'prompt' (several, such as a system text: join them to messages), or drop the column"
+            raise bad(where, asked, "a text beside 'chosen' and 'rejected', which would be left out", remedy)
+        parts = _implicit_parts(chosen, rejected, where=where)
         columns = ("chosen", "chosen", "rejected")
     check_parts(parts, columns, where)
     lost = left_out(row, chat=not isinstance(parts[0], str))
@@ -289,6 +294,9 @@ def _field(value: Any, key: str, column: str, where: str) -> str:
 
 def _text(value: Any, column: str, where: str) -> Text:
     if isinstance(value, str):
+        if holds_messages(value):
+            remedy = "Give a list of messages, in JSON Lines or Parquet: CSV has texts alone"
+            raise bad(where, column, "messages written as one text", remedy)
         return value
     if not isinstance(value, list):
         hint = "; drop the column if the prompt stands in 'chosen' and 'rejected'" if column == "prompt" else ""

@@ -100,7 +100,7 @@ def group_pairs(
             for name, ids in (("chosen", chosen), ("rejected", rejected)):
                 _check_ends(name, ids or (), encoder)
             of_pair = rewards.of(pair) if rewards is not None else ((), ())
-            if rewards is not None and chosen is not None and rejected is not None:
+            if rewards is not None and chosen is not None and rejected is not None and chosen != rejected:
                 prompt_ids = encoder.prompt_ids(pair.prompt).ids
                 for ids, values in zip((chosen, rejected), of_pair, strict=True):
                     rewards.check_same(response_key(prompt_ids, ids), values, pair.where)

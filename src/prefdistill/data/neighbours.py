@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import json
 from collections.abc import Collection
 from typing import Any
+
+from prefdistill.data.transcripts import is_hh_transcript
 
 RENDER = "render the row before, as trl.apply_chat_template does: its prompt, chosen and rejected are read exactly"
 
@@ -34,6 +38,9 @@ _TEMPLATED = {
     "tools": "tools, which a chat template would write into the prompt",
     "chat_template_kwargs": "arguments of the chat template, which is given none here",
 }
+# What published pairs call it: Orca's, distilabel's, CodeUltraFeedback's.
+_QUESTIONS = ("question", "instruction", "input", "query", "system")
+LONGEST_LIST = 1_000_000  # characters; longer ones are not parsed to be told from texts
 _NOTHING = (None, "", "[]", "{}", "null")
 
 
@@ -54,6 +61,32 @@ def left_out(row: dict[str, Any], *, chat: bool) -> tuple[str, str, str] | None:
         if chat and _given(row.get(name)):
             return name, found, f"Take the column away if the policy is to do without, or {RENDER}"
     return None
+
+
+def question_beside(row: dict[str, Any], chosen: Any, rejected: Any) -> str | None:
+    """The column that asks what two texts answer, where there is no `prompt`: they would share a first word at most.
+
+    Texts that are HH transcripts hold what was asked.
+    """
+    if not (isinstance(chosen, str) and isinstance(rejected, str)):
+        return None
+    if is_hh_transcript(chosen) and is_hh_transcript(rejected):
+        return None
+    return next((n for n in _QUESTIONS if isinstance(row.get(n), str) and row[n].strip()), None)
+
+
+def holds_messages(text: str) -> bool:
+    """Whether a text is a list of messages as JSON or as Python writes it."""
+    text = text.strip()
+    if not (text.startswith("[{") and text.endswith("}]") and len(text) <= LONGEST_LIST):
+        return False
+    for read in (json.loads, ast.literal_eval):
+        try:
+            found = read(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        return all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in found)
+    return False
 
 
 def only_text(content: list[Any]) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +19,13 @@ from prefdistill.data.formats import Message, Text
 from prefdistill.data.transcripts import common_length
 from prefdistill.errors import ConfigError, DataError
 
+DATE = datetime(2024, 7, 26)  # as Llama's templates have it where they know no date
+# A macro in place of transformers' function, which is in no argument's power.
+ON_ONE_DATE = (
+    "{% macro strftime_now(form) %}{{ form"
+    + "".join(f"|replace('%{c}', '{DATE.strftime('%' + c)}')" for c in "aAbBcdHIjmMpSUwWxXyYZ")
+    + " }}{% endmacro %}{{ '' }}"
+)
 # Short conversations that show what a chat template writes around an assistant's text; some ask for a system turn.
 _PROBES: tuple[list[Message], ...] = (
     [{"role": "user", "content": "a"}],
@@ -172,7 +180,7 @@ class Encoder:
             )
         try:
             text = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **self._dated
             )
         except TemplateError as error:
             roles = ", ".join(m["role"] for m in messages)
@@ -181,6 +189,12 @@ class Encoder:
                 f"{roles}): {error}; change the roles or their order, or use another chat template"
             ) from error
         return str(text)
+
+    @cached_property
+    def _dated(self) -> dict[str, str]:
+        """A template that writes today's date, with one date: the same rows have the same ids tomorrow."""
+        template = str(self.tokenizer.get_chat_template())
+        return {"chat_template": ON_ONE_DATE + template} if "strftime_now" in template else {}
 
     def _chat_response_text(self, prompt: Sequence[dict[str, str]], response: Sequence[dict[str, str]]) -> str:
         start = self._template(prompt, add_generation_prompt=True)

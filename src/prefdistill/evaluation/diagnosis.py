@@ -80,7 +80,9 @@ def check_run(
                 out.append(_extrapolation(name, figures["beyond"]))
     if len(members) > 1:
         out.append(_same_way(members))
-    out += [_poor_member(m) for m in [*members, *([ensemble] if ensemble else [])]]
+    calibrated = [m.get("temperature", 1.0) is not None for m in members]
+    out += [_poor_member(m, calibrated=known) for m, known in zip(members, calibrated, strict=True)]
+    out += [_poor_member(ensemble, calibrated=all(calibrated))] if ensemble else []
     if judge.get("n_heldout"):
         out.append(_judge(judge))
     return out
@@ -274,20 +276,26 @@ def _same_way(members: Sequence[Mapping[str, Any]]) -> Check:
     )
 
 
-def _poor_member(figures: Mapping[str, Any]) -> Check:
+def _poor_member(figures: Mapping[str, Any], *, calibrated: bool) -> Check:
+    """By log-loss and accuracy; by accuracy alone where nothing made its margins log-odds (ready and given rewards)."""
     pairs, name = figures["n_heldout"], figures["name"]
     loss, accuracy = figures["log_loss"], figures["accuracy"]
     # Within a standard error of a coin's, its accuracy says nothing either.
-    ill = loss >= COIN or accuracy < 0.5 + math.sqrt(0.25 / max(1, pairs))
+    coin = 0.5 + math.sqrt(0.25 / max(1, pairs))
+    ill = accuracy < coin or (calibrated and loss >= COIN)
     text = f"{name}: log-loss {loss:.3f} (a coin's is {COIN:.3f}), accuracy {accuracy:.1%} on {pairs} held-out pairs."
+    if not calibrated:
+        text = f"{name}: accuracy {accuracy:.1%} on {pairs} held-out pairs; its margins are no log-odds."
     return Check(
         "weak reward model",
         name,
         "ill" if ill else "healthy",
-        "log-loss on held-out pairs, nats a pair",
-        loss,
-        COIN,
-        "a coin loses log 2 a pair; one that loses more, or is right within a standard error of half the time, is none",
+        "log-loss on held-out pairs, nats a pair" if calibrated else "accuracy on held-out pairs",
+        loss if calibrated else accuracy,
+        COIN if calibrated else coin,
+        "a coin loses log 2 a pair; one that loses more, or is right within a standard error of half the time, is none"
+        if calibrated
+        else "a standard error above a coin's",
         f"{name} is hardly better than a coin. " + text if ill else text,
         "Train members with reward.hold: lora or full, on more prompts; or use dpo, which needs no reward."
         if ill

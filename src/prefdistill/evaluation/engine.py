@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 
 from prefdistill.errors import ConfigError, DataError
 from prefdistill.evaluation.sampling import Sample, SamplingOptions
+from prefdistill.models.allocator import give_back_memory
 
 REQUESTS_AT_ONCE = 1024  # handed to the engine, which batches them itself; what was drawn is kept after as many
 MEMORY_SHARE = 0.9  # of what is free on the GPU when the engine starts
@@ -75,9 +75,7 @@ class VLLMEngine:
         # LLM has no method of its own for it, and a deleted one keeps its GPU until Python collects it.
         self._llm.llm_engine.engine_core.shutdown()
         self._llm = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        give_back_memory()
 
     def sample(
         self,
@@ -189,8 +187,7 @@ def _memory() -> dict[str, float]:
     """vLLM takes a share of the whole GPU, and fails where less is free: what this process holds is left out."""
     if not torch.cuda.is_available():
         return {}
-    gc.collect()
-    torch.cuda.empty_cache()
+    give_back_memory()
     free, total = torch.cuda.mem_get_info()
     return {"gpu_memory_utilization": round(MEMORY_SHARE * free / total, 3)}
 

@@ -1,15 +1,18 @@
-"""What glibc's allocator does with freed memory: by default it goes back to the kernel at every step, and comes again.
+"""Freed memory: kept by glibc where it is asked for again, given back where another model is to come.
 
-A training step frees and asks for gigabytes in large pieces; zeroing their pages anew takes a good part of its
-time (docs/speed.md).
+By default glibc's goes back to the kernel at every step, and comes again. A training step frees and asks for gigabytes
+in large pieces; zeroing their pages anew takes a good part of its time (docs/speed.md).
 """
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import os
 from functools import lru_cache
+
+import torch
 
 logger = logging.getLogger(__name__)
 
@@ -36,3 +39,10 @@ def keep_freed_memory() -> bool:
     done = bool(set_option(M_MMAP_THRESHOLD, LARGE)) and bool(set_option(M_TRIM_THRESHOLD, NEVER))
     logger.debug("freed memory is kept: %s", done)
     return done
+
+
+def give_back_memory() -> None:
+    """Frees what only cycles of objects hold, as a Trainer and its model do, and what a GPU's allocator keeps of it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 
 import torch
@@ -17,9 +19,14 @@ REPLACEMENTS = (gates._forward, linears._forward, norms._forward)
 
 def check_compiler(device: torch.device) -> None:
     """Raises ConfigError if torch.compile would find no compiler for this device's code."""
-    if device.type != "cpu" or sys.platform == "win32":
-        return  # a GPU's comes with torch
-    if compiler() is None:
+    if sys.platform == "win32":
+        return
+    if device.type == "cuda" and not any(map(shutil.which, filter(None, (os.environ.get("CC"), "cc", "gcc", "clang")))):
+        raise ConfigError(
+            "torch.compile needs a C compiler for what starts its kernels, and neither $CC, cc, gcc nor clang is found; "
+            "install one (Debian: apt-get install gcc), or leave compile off"
+        )
+    if device.type == "cpu" and compiler() is None:
         raise ConfigError(
             "torch.compile needs a C++ compiler, and neither $CXX, g++ nor clang++ is found; install one (Debian: "
             "apt-get install g++), or leave compile off"

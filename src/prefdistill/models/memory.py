@@ -67,6 +67,8 @@ def step_bytes(model: nn.Module, trees: Sequence[Tree], batch: int, *, bfloat16:
     """
     core: Any = unwrap(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # What autocast rounds of frozen weights is kept for the backward pass; of trained ones for the whole step.
+    rounded = sum(p.numel() for p in model.parameters() if p.dtype == torch.float32) if bfloat16 else 0
     largest = sorted(trees, key=lambda t: t.tokens, reverse=True)[:batch]
     kept = activation_bytes(core.config, sum(t.tokens for t in largest), bfloat16=bfloat16)
     if device_of(model).type == "cuda":
@@ -75,7 +77,7 @@ def step_bytes(model: nn.Module, trees: Sequence[Tree], batch: int, *, bfloat16:
         _, key_heads, width = _heads(text)
         again = sum(len(t.prompt_ids) * len(t.responses) for t in largest)
         kept += 2 * key_heads * width * (2 if bfloat16 else 4) * again * int(text.num_hidden_layers)
-    return int(12 * trained + MARGIN * (kept + 4 * LOGIT_COPIES * LOGITS_AT_ONCE))
+    return int(12 * trained + torch.bfloat16.itemsize * rounded + MARGIN * (kept + 4 * LOGIT_COPIES * LOGITS_AT_ONCE))
 
 
 def needs_checkpointing(

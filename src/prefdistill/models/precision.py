@@ -36,7 +36,7 @@ def choose_precision(asked: str, config: Any, device: torch.device | str = "cpu"
         raise ConfigError(f"precision is {asked!r}; it must be auto, float32 or bfloat16")
     device = torch.device(device)
     if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     if device.type != "cpu":
         return "float32"
     text = config.get_text_config()

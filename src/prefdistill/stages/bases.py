@@ -46,7 +46,7 @@ def new_member(run: Run, base: str, pad_id: int) -> Any:
     if options.load_in_4bit:
         model = new_classifier_4bit(base, pad_id, precision=run.precision, device=run.device, trust_remote_code=trust)
     else:
-        model = new_classifier(base, pad_id, trust_remote_code=trust)
+        model = new_classifier(base, pad_id, trust_remote_code=trust).to(run.device)
     if options.hold == "full":
         return model
     return add_lora(model, rank=options.lora_rank, use_dora=options.use_dora, task="SEQ_CLS")

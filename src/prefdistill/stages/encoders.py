@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from prefdistill.data.table import PromptGroup
 from prefdistill.data.text_pairs import PairEncoder
 from prefdistill.data.tokenise import Encoder
 from prefdistill.data.tree import Tree
+from prefdistill.errors import ConfigError, DataError
+from prefdistill.evaluation.judges import is_oracle
 from prefdistill.models.loading import generation_ends, load_config, load_tokenizer, positions, reads_text_pairs
 from prefdistill.stages.run import Run
 
@@ -67,6 +69,34 @@ def _made_of(tokenizer: Any) -> tuple[Any, ...]:
     else:
         made = tokenizer.get_vocab()
     return made, tokenizer.chat_template, tokenizer.bos_token_id, tokenizer.eos_token_id
+
+
+def check_readers(run: Run, groups: Iterable[PromptGroup]) -> None:
+    """Asks the tokenizers of the judge and of reward models for one prompt of every order of roles.
+
+    A chat template that knows no system turn, or none at all, would otherwise be found out after all policies.
+
+    Raises:
+        DataError, ConfigError: one of them cannot read a prompt; the message names the model and the row.
+    """
+    config = run.config
+    names = [*config.reward.pretrained, *config.reward.models] if config.needs_rewards else []
+    if config.evaluate.judge != "heldout" and not is_oracle(config.evaluate.judge):
+        names.append(config.evaluate.judge)
+    others = {name: encoder for name in names if (encoder := encoder_of(run, name)) is not run.encoder}
+    seen: set[tuple[str, ...] | None] = set()
+    for group in groups if others else ():
+        prompt = group.prompt
+        roles = None if isinstance(prompt, str) else tuple(message["role"] for message in prompt)
+        if roles in seen:
+            continue
+        seen.add(roles)
+        for name, encoder in others.items():
+            try:
+                encoder.prompt_ids(prompt)
+                encoder.response_ids(prompt, group.responses[0].text)
+            except (DataError, ConfigError) as error:
+                raise type(error)(f"{group.name}: the reward model {name!r} cannot read it: {error}") from error
 
 
 def member_trees(run: Run, groups: Sequence[PromptGroup], encoder: Encoder | PairEncoder) -> Sequence[Tree]:

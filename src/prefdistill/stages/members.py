@@ -20,6 +20,7 @@ from prefdistill.data.table import PromptGroup
 from prefdistill.data.text_pairs import PairEncoder
 from prefdistill.data.tokenise import Encoder
 from prefdistill.errors import ConfigError
+from prefdistill.models.allocator import give_back_memory
 from prefdistill.models.loading import (
     new_classifier,
     save_adapter,
@@ -76,6 +77,7 @@ def make_members(run: Run, fingerprint: str) -> tuple[list[Path], str]:
                 l2=facts[0].get("l2") if facts else None,
             )
             ranks.from_main(_finish, folder, {**record, "resample": how, "fingerprint": fingerprint}, work)
+            give_back_memory()
         facts.append(read_json(done))
     scales = ", ".join(f"{f['scale']:.2f}" for f in facts)
     return [*(run.member_path(k) for k in range(options.members)), *_own_bases(run, facts)], (

@@ -28,6 +28,7 @@ from prefdistill.evaluation.sampling import SamplingOptions
 from prefdistill.models.loading import add_lora, load_policy, save_model
 from prefdistill.models.quantise import load_policy_4bit
 from prefdistill.stages.draw import sample_in_parts
+from prefdistill.stages.encoders import check_readers
 from prefdistill.stages.run import Run
 from prefdistill.stages.sampler import sampler
 from prefdistill.training.checkpoints import train_to_end
@@ -121,6 +122,7 @@ def encoded(run: Run) -> Encoded:
     """The run's pairs, read and encoded; what was left out of them. Nothing is written; raises as its two steps do."""
     pairs, left_out = read_pairs(run)
     groups, dropped = encode_pairs(run, pairs, left_out)
+    check_readers(run, groups)
     return groups, dropped, left_out
 
 
@@ -182,7 +184,7 @@ def make_start(run: Run, fingerprint: str) -> tuple[list[Path], str]:
     if options.load_in_4bit:
         policy = load_policy_4bit(name, precision=run.precision, device=run.device, trust_remote_code=trust)
     else:
-        policy = load_policy(name, trust_remote_code=trust)
+        policy = load_policy(name, trust_remote_code=trust).to(run.device)
     transformers.set_seed(run.config.seed)
     if lora:
         policy = add_lora(policy, rank=options.lora_rank, use_dora=options.use_dora, task="CAUSAL_LM")

@@ -258,6 +258,8 @@ class Run:
             bfloat16=self.precision == "bfloat16",
             device=self.device,
         )
+        # Of several processes one may have less memory, and all must send the same gradients.
+        checkpointing = bool(ranks.largest(int(checkpointing)))
         if checkpointing:
             self.say("gradient checkpointing: layers run again in the backward pass, to spare memory")
         return {
