@@ -23,8 +23,8 @@ def check_compiler(device: torch.device) -> None:
         return
     if device.type == "cuda" and not any(map(shutil.which, filter(None, (os.environ.get("CC"), "cc", "gcc", "clang")))):
         raise ConfigError(
-            "torch.compile needs a C compiler for what starts its kernels, and neither $CC, cc, gcc nor clang is found; "
-            "install one (Debian: apt-get install gcc), or leave compile off"
+            "torch.compile needs a C compiler for what starts its kernels, and neither $CC, cc, gcc nor clang is "
+            "found; install one (Debian: apt-get install gcc), or leave compile off"
         )
     if device.type == "cpu" and compiler() is None:
         raise ConfigError(
