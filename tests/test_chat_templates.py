@@ -9,6 +9,9 @@ from tokenizers import AddedToken
 
 import tiny_tokenizers as tiny
 from messages import assistant, system, user
+from prefdistill.data.formats import Pair
+from prefdistill.data.grouping import group_pairs
+from prefdistill.data.table import prompt_key
 from prefdistill.data.tokenise import Encoder
 from prefdistill.errors import ConfigError, DataError
 from prefdistill.models.loading import generation_ends
@@ -146,6 +149,23 @@ def test_a_template_that_writes_the_date_writes_one():
     encoder = Encoder(tiny.chatml(dated))
     assert encoder.prompt_text(user("Hi")).startswith("\n26 Jul 2024, Friday July 00:00<|im_start|>user")
     assert encoder.response_text(user("Hi"), assistant("Yes")).startswith("Yes")
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_thoughts_that_a_template_leaves_out_are_no_response(as_text):
+    """A policy would learn to answer inside the thought that the prompt has opened."""
+    e = encoder("r1")
+    thought = "<think>\nRivers...</think>The Nile."
+    said = thought if as_text else assistant(thought)
+    assert e.response_text(user("Q"), said).startswith("The Nile.")  # to judge it, that will do
+    assert e.response_ids(user("Q"), said) is not None
+    with pytest.raises(DataError, match="leaves out a part of the response that begins with '<think>"):
+        e.response_ids(user("Q"), said, whole=True)
+    for whole in ("The Nile.", " The\n Nile. "):
+        assert e.response_ids(user("Q"), whole, whole=True) == e.response_ids(user("Q"), whole)
+    pairs = [Pair(user("Q"), assistant(thought), assistant("None."), where="row 1", extra={})]
+    with pytest.raises(DataError, match=r"row 1: the chat template .* leaves out"):
+        group_pairs(pairs, e, splits={prompt_key(user("Q")): "train"})
 
 
 def test_an_adapters_ends_are_those_of_its_base(tmp_path):

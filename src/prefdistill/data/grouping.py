@@ -79,8 +79,8 @@ def group_pairs(
     rewards = GivenRewards(given) if given is not None else None
     for pair in pairs:
         try:
-            chosen = encoder.response_ids(pair.prompt, pair.chosen)
-            rejected = encoder.response_ids(pair.prompt, pair.rejected)
+            chosen = encoder.response_ids(pair.prompt, pair.chosen, whole=True)
+            rejected = encoder.response_ids(pair.prompt, pair.rejected, whole=True)
             key = prompt_key(pair.prompt)
             if key not in number_of:
                 encoded = encoder.prompt_ids(pair.prompt)

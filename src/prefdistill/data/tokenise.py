@@ -252,18 +252,35 @@ class Encoder:
         bos = self.tokenizer.bos_token_id
         return int(bos is not None and ids[0] == bos and ids.count(bos) == 1)
 
-    def response_ids(self, prompt: Text, response: Text, *, finished: bool = True) -> tuple[int, ...] | None:
+    def _check_whole(self, text: str, response: Text) -> None:
+        """Raises DataError where a template left words out; white space it may write as it likes."""
+        said = response if isinstance(response, str) else response[-1]["content"]
+        if "".join(said.split()) not in "".join(text.split()):
+            raise DataError(
+                f"the chat template of the tokenizer {self.tokenizer.name_or_path!r} leaves out a part of the response "
+                f"that begins with {said[:40]!r}, thoughts perhaps; give what it writes, use another template, or "
+                "render the row before and give plain text"
+            )
+
+    def response_ids(
+        self, prompt: Text, response: Text, *, finished: bool = True, whole: bool = False
+    ) -> tuple[int, ...] | None:
         """Ids that the policy would generate after `prompt_ids(prompt)`; None if more than `max_response_tokens`.
 
         A finished response ends in exactly one end token: the first that the text or the template put at its end,
         else EOS; an unfinished one in none. What a template writes after its end token is never generated and is left
         out, and so is white space that a template without an end token writes after a turn.
 
+        Args:
+            whole: the template must write all of the response: one of the data that is to be learnt.
+
         Raises:
-            DataError: prompt and response are of different forms, or the chat template refuses them.
+            DataError: prompt and response are of different forms, or the chat template refuses them or leaves some out.
             ConfigError: the response has no end token of its own and the tokenizer no EOS token.
         """
         text = self.response_text(prompt, response)
+        if whole:
+            self._check_whole(text, response)
         if not isinstance(prompt, str) and (not finished or (self._turn_end_id is None and self._turn_end.isspace())):
             text = text.removesuffix(self._turn_end)
         ids, end = self._split_end(self._continue(text))
