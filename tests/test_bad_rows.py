@@ -285,7 +285,16 @@ def test_a_demonstration_that_shows_nothing_is_none(tmp_path: Path, model_folder
     path = tmp_path / "pairs.jsonl"
     write_rows(path, [{**row, "demo": "\u200b"} for row in rows()])
     options = {"sft.enabled": True, "sft.on": "demo"}
-    with pytest.raises(DataError, match="no text in the column 'demo'"):
+    with pytest.raises(DataError, match=r"row \d+\) has no text in the column 'demo'"):
+        pipeline.run(small(path, model_folder, tmp_path / "out", methods="[dpo]", **options), until="start")
+
+
+def test_a_demonstration_with_an_end_in_its_middle_is_none(tmp_path: Path, model_folder: Path) -> None:
+    """The start would learn to go on behind it."""
+    path = tmp_path / "pairs.jsonl"
+    write_rows(path, [{**row, "demo": " one<|endoftext|> two"} for row in rows()])
+    options = {"sft.enabled": True, "sft.on": "demo"}
+    with pytest.raises(DataError, match=r"row \d+\): column 'demo': the text holds the end token '<\|endoftext\|>'"):
         pipeline.run(small(path, model_folder, tmp_path / "out", methods="[dpo]", **options), until="start")
 
 

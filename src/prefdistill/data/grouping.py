@@ -98,7 +98,7 @@ def group_pairs(
                     pairs_of.append(array("q"))
                 number_of[key] = number_of[same_ids]
             for name, ids in (("chosen", chosen), ("rejected", rejected)):
-                _check_ends(name, ids or (), encoder)
+                check_ends(name, ids or (), encoder)
             of_pair = rewards.of(pair) if rewards is not None else ((), ())
             if rewards is not None and chosen is not None and rejected is not None and chosen != rejected:
                 prompt_ids = encoder.prompt_ids(pair.prompt).ids
@@ -150,7 +150,8 @@ def _too_long(chosen: Any, rejected: Any, encoder: Encoder) -> DataError:
     )
 
 
-def _check_ends(name: str, ids: Sequence[int], encoder: Encoder) -> None:
+def check_ends(name: str, ids: Sequence[int], encoder: Encoder) -> None:
+    """Raises DataError where a response of the column `name` has an end token in its middle."""
     inside = [i for i in ids[:-1] if i in encoder.end_ids]
     if inside:
         raise DataError(

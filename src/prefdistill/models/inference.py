@@ -13,6 +13,7 @@ from prefdistill.models.memory import free_bytes
 from prefdistill.models.precision import autocast
 
 SHARE = 0.25  # of free memory that rounded copies of the weights may take
+SHARE_OF_GPU = 0.5  # where nothing but batches is to come beside them
 
 
 @contextlib.contextmanager
@@ -21,12 +22,13 @@ def inference(model: nn.Module, precision: str) -> Iterator[None]:
 
     Autocast keeps its copies of a weight while the context lasts, if the weight is a leaf that requires gradients and
     inference mode is off. A decoded token reads every weight once: without kept copies most of its time is rounding.
-    Where they would take more than a quarter of free memory, every forward makes its own.
+    Where they would take more than a quarter of free memory (half of a GPU's), every forward makes its own.
     """
     weights = [p for p in model.parameters() if p.dtype == torch.float32]
     device = device_of(model)
     copies = sum(p.numel() for p in weights) * torch.bfloat16.itemsize
-    if precision != "bfloat16" or copies > SHARE * free_bytes(device):
+    share = SHARE_OF_GPU if device.type == "cuda" else SHARE
+    if precision != "bfloat16" or copies > share * free_bytes(device):
         with torch.inference_mode(), autocast(precision, device):
             yield
         return

@@ -17,7 +17,7 @@ from prefdistill.data.bias import biased_groups
 from prefdistill.data.checks import is_blank
 from prefdistill.data.formats import Pair, iter_pairs
 from prefdistill.data.group_files import read_groups, write_groups
-from prefdistill.data.grouping import Dropped, assign_splits, group_pairs
+from prefdistill.data.grouping import Dropped, assign_splits, check_ends, group_pairs
 from prefdistill.data.left_out import LeftOut
 from prefdistill.data.on_disk import Spool, View
 from prefdistill.data.plain_prompts import PlainPrompts
@@ -222,10 +222,14 @@ def _demonstrations(run: Run) -> tuple[list[Tree], int]:
             continue
         if not isinstance(g.extra.get(column), str) or is_blank(g.extra[column]):
             raise DataError(
-                f"{run.config.data}: a training row has no text in the column {column!r} that sft.on names; its "
-                f"columns besides the pair are: {', '.join(g.extra) or 'none'}"
+                f"{run.config.data}: {g.name} has no text in the column {column!r} that sft.on names; its columns "
+                f"besides the pair are: {', '.join(g.extra) or 'none'}"
             )
-        ids = run.encoder.response_ids(g.prompt, g.extra[column])
+        try:
+            ids = run.encoder.response_ids(g.prompt, g.extra[column], whole=True)
+            check_ends(column, ids or (), run.encoder)
+        except DataError as error:
+            raise DataError(f"{run.config.data}: {g.name}: {error}") from error
         if ids is None:
             too_long += 1
         else:
