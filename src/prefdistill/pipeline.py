@@ -121,7 +121,8 @@ def _run(job: Run, until: str | None, encoded: Callable[[], prepare.Encoded], op
         left = f", about {_minutes(a_pass * rest)} left in all" if a_pass else ""
         _say(f"[{number}/{len(stages)}] {stage.name}: {stage.does}{left}")
         seconds = _work(stage, prints[stage.name], manifest, job)
-        give_back_memory()  # a trained model hangs in cycles, and the next one may not fit beside it
+        if stage.trains:
+            give_back_memory()
         spent, worked = spent + seconds, worked + stage.cost
     _say(f"done in {_minutes(time.monotonic() - began)}: {job.root}")
     return job.root

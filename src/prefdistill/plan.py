@@ -36,6 +36,7 @@ class Stage:
         cost: work in passes over the training tokens.
         work: given the stage's fingerprint; returns the files it wrote and a line to say.
         alone: whether the first of several processes does it while the others wait; they take part in the others.
+        trains: whether a Trainer trains a model in it: they hang in cycles, and the next one may not fit beside it.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Stage:
     cost: float
     work: Callable[[str], Outcome]
     alone: bool = False
+    trains: bool = False
 
 
 def data_options(job: Run) -> list[Any]:
@@ -87,6 +89,7 @@ def plan(job: Run, manifest: Manifest, make_data: Callable[[], Outcome], options
                 ("data",) if sft.enabled else (),
                 TRAIN_PASSES * sft.epochs if sft.enabled else 0.5,
                 lambda fingerprint: prepare.make_start(job, fingerprint),
+                trains=sft.enabled,
             )
         )
     base = ["data", "start"]
@@ -154,6 +157,7 @@ def plan(job: Run, manifest: Manifest, make_data: Callable[[], Outcome], options
                 ("reference",),
                 trained,
                 lambda fingerprint: members.make_judge(job, fingerprint),
+                trains=config.reward.hold != "head",
             )
         )
     for method in config.methods:
@@ -201,6 +205,7 @@ def _distillation(job: Run, method: str, common: dict[str, Any], judged_by: str)
         after,
         cost,
         lambda fingerprint: distill.train_policy(job, method, fingerprint),
+        trains=True,
     )
 
 

@@ -77,7 +77,8 @@ def make_members(run: Run, fingerprint: str) -> tuple[list[Path], str]:
                 l2=facts[0].get("l2") if facts else None,
             )
             ranks.from_main(_finish, folder, {**record, "resample": how, "fingerprint": fingerprint}, work)
-            give_back_memory()
+            if options.hold != "head":
+                give_back_memory()  # its Trainer hangs in cycles, and the next member may not fit beside it
         facts.append(read_json(done))
     scales = ", ".join(f"{f['scale']:.2f}" for f in facts)
     return [*(run.member_path(k) for k in range(options.members)), *_own_bases(run, facts)], (
