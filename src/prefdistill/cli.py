@@ -104,12 +104,10 @@ def _command(command: str, argv: list[str]) -> int:
         if is_disk_full(error):
             what, remedy = "the disk is full", "make room (there, or where temporary files go, $TMPDIR)"
         elif is_out_of_memory(error):
-            what, remedy = (
-                "there is no memory left",
-                (
-                    "set gradient_checkpointing: always, fewer prompts a batch (batch_prompts), a smaller "
-                    "score.token_budget, an adapter (lora_rank; reward.hold: lora or head) or load_in_4bit"
-                ),
+            what = "there is no memory left"
+            remedy = (
+                "set gradient_checkpointing: always, fewer prompts a batch (batch_prompts), a smaller "
+                "score.token_budget, an adapter (lora_rank; reward.hold: lora or head) or load_in_4bit"
             )
         else:
             raise

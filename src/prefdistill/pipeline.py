@@ -107,8 +107,10 @@ def _run(job: Run, until: str | None, encoded: Callable[[], prepare.Encoded], op
     began, spent, worked = time.monotonic(), 0.0, 0.0
     guess = None
     if ranks.is_main():
-        groups = encoded()[0] if todo[0].name == "data" else read_groups(job.groups_path)
-        if todo[0].name != "data":
+        if todo[0].name == "data":
+            groups = encoded()[0]
+        else:
+            groups = read_groups(job.groups_path)
             check_readers(job, groups)  # of other options than when the rows were read
         guess = _seconds_a_pass(job, groups.of("train"))
     for number, stage in enumerate(stages, start=1):

@@ -105,10 +105,13 @@ def _range(text: str) -> tuple[str, tuple[float, float]]:
     return name, ends
 
 
+_NAMED = {"true": True, "false": False, "null": None}
+
+
 def _value(text: str) -> Any:
     """A number where it is one (YAML takes 4e-4 for a text), true, false or null."""
-    if text.strip() in ("true", "false", "null"):
-        return {"true": True, "false": False, "null": None}[text.strip()]
+    if text.strip() in _NAMED:
+        return _NAMED[text.strip()]
     for kind in (int, float):
         try:
             return kind(text)

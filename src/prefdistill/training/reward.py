@@ -216,8 +216,7 @@ def distinct_pad_id(tokenizer: Any, end_ids: Sequence[int], vocabulary: int) -> 
         *sorted(i for i, t in getattr(tokenizer, "added_tokens_decoder", {}).items() if t.special),
     ]
     for candidate in candidates:
-        if candidate is None or candidate in end_ids or candidate == tokenizer.bos_token_id:
-            continue
-        if candidate < vocabulary:
+        known = candidate is not None and candidate < vocabulary
+        if known and candidate not in end_ids and candidate != tokenizer.bos_token_id:
             return int(candidate)
     return None
