@@ -57,6 +57,7 @@ class Run:
     config: RunConfig
     progress: Progress = field(default=on_terminal)
     encoders: dict[str, Any] = field(default_factory=dict, repr=False)  # by reward model, see stages.encoders
+    vocabularies: dict[str, int] = field(default_factory=dict, repr=False)  # by model, see `vocabulary`
 
     @property
     def root(self) -> Path:
@@ -151,9 +152,11 @@ class Run:
         return load_tokenizer(self.config.model, trust_remote_code=self.config.trust_remote_code)
 
     def vocabulary(self, model: str) -> int:
-        """How many tokens a model knows; a tokenizer may have more."""
-        config = load_config(model, trust_remote_code=self.config.trust_remote_code)
-        return int(config.get_text_config().vocab_size)
+        """How many tokens a model knows; a tokenizer may have more. Read once a run: a hub id asks the network."""
+        if model not in self.vocabularies:
+            config = load_config(model, trust_remote_code=self.config.trust_remote_code)
+            self.vocabularies[model] = int(config.get_text_config().vocab_size)
+        return self.vocabularies[model]
 
     @cached_property
     def generation_end_ids(self) -> tuple[int, ...]:
