@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib.metadata import version
@@ -26,7 +27,7 @@ from benchmarks.growth import growth
 from benchmarks.rows import ROWS, Sizes, flops_once
 from benchmarks.shapes import SIZES, config_of, device
 from benchmarks.table import markdown, picture, reached
-from benchmarks.trials import PRECISIONS, at_all_work, by_speed, groups_of, trials
+from benchmarks.trials import PRECISIONS, Trial, at_all_work, by_speed, groups_of, trials
 from benchmarks.worker import Fallen, serve, worker
 from prefdistill.models.precision import choose_precision
 from prefdistill.report.canvas import svg_of
@@ -162,8 +163,9 @@ def _measure(row: Any, sizes: Any, options: Any) -> dict[str, Any]:
     tried = {side: trials(row, side, sizes, options.precision) for side in row.sides}
     fastest = {side: min(found, key=lambda p: found[p]) for side, found in tried.items()}
     peers = {s: (p, tried[s][p]) for s, p in fastest.items() if s != "ours"}
-    again = at_all_work(row, peers, sizes)
-    for group in groups_of(by_speed(peers, again), again):
+    again = at_all_work(row, peers, sizes, also=row.memory_of)
+    took = {side: trial.seconds for side, trial in again.items()}
+    for group in groups_of(by_speed(peers, took), took):
         try:
             taken = _in_turn(row, {side: fastest[side] for side in ("ours", *group)}, sizes, options)
             break
@@ -192,9 +194,9 @@ def _measure(row: Any, sizes: Any, options: Any) -> dict[str, Any]:
         "precision": {"ours": fastest["ours"], "peer": fastest[peer]},
         "seconds": {side: of.seconds for side, of in taken.items()},
         "trials": {side: _finite(of) for side, of in tried.items()},
-        "trials_of_all_work": _finite(again),
+        "trials_of_all_work": _finite(took),
         "losses_differ_by": _most_apart(mine, [taken[side] for side in group]) if row.equal else None,
-        "memory": {"ours": mine.peak, "peer": theirs.peak, "ratio": theirs.peak / mine.peak},
+        "memory": memory_of(mine.peak, peer, theirs.peak, {s: again[s] for s in row.memory_of}),
         "memory_target": row.memory_target,
         "utilisation": times
         * flops_once(batch, sizes.model, training=row.training, head=row.head)
@@ -202,6 +204,20 @@ def _measure(row: Any, sizes: Any, options: Any) -> dict[str, Any]:
         / _rate(sizes.model),
         "commit": _commit(),
     }
+
+
+def memory_of(ours: float, peer: str, held: float, named: Mapping[str, Trial]) -> dict[str, Any]:
+    """Peak gigabytes of both sides; a target counts against the faster one of the peer's variants that it names.
+
+    Args:
+        peer: the fastest of all variants, whose steps are compared with ours; `held` is its peak.
+        named: trials of those that the target names; the peer itself counts where there is none, or none fits.
+    """
+    fits = {side: trial for side, trial in named.items() if trial.peak is not None}
+    against = min(fits, key=lambda side: fits[side].seconds, default=peer)
+    peak = fits[against].peak if against in fits else held
+    assert peak is not None
+    return {"ours": ours, "peer": held, "against": against, "against_peak": peak, "ratio": peak / ours}
 
 
 def _finite(seconds: dict[str, float]) -> dict[str, float | None]:
@@ -258,7 +274,8 @@ def _rate(model: str) -> float:
 
 
 def _line(row: dict[str, Any]) -> str:
-    memory = f", memory {row['memory']['ratio']:.2f}x less" if row["memory_target"] else ""
+    held = row["memory"]
+    memory = f", memory {held['ratio']:.2f}x less than of {held['against']}" if row["memory_target"] else ""
     losses = "" if row["losses_differ_by"] is None else f"; losses differ by {row['losses_differ_by']:.0e} at most"
     return (
         f"{row['name']}: ours {row['ours']:.2f} s ({row['precision']['ours']}), {row['peer_is']} {row['peer']:.2f} s "

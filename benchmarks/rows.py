@@ -37,6 +37,7 @@ class Row:
         target: least ratio of the peer's time to ours (of ours to the peer's where `at_most`).
         sides: "ours" and the peer's variants, of which the fastest counts; given sizes and a precision.
         memory_target: least ratio of the peer's peak memory to ours; where there is none, nothing is asked.
+        memory_of: the peer's variants of which the faster one's memory counts for that, whichever is fastest of all.
         training: whether a step is forward and backward.
         head: whether logits over the vocabulary are needed.
         whole: whether a step is all prompts, not a batch of them.
@@ -55,6 +56,7 @@ class Row:
     sides: Mapping[str, Side]
     at_most: bool = False
     memory_target: float | None = None
+    memory_of: tuple[str, ...] = ()
     training: bool = True
     head: bool = True
     whole: bool = False
@@ -104,10 +106,13 @@ def _settings(make: Callable[..., Step]) -> dict[str, Side]:
     }
 
 
+AT_ONCE = ("trl", "trl, checkpointing")  # TRL's settings that the target names: all pairs of a step at once
+
 # TRL's batch size for this pass is its user's to choose: the best of three counts.
 _TRL_SCORING = {f"trl, {n} pairs": _scoring(scoring.trl, batch_pairs=n) for n in (1, 4, 8)}
 _SEPARATE = {f"transformers, {n} rows": _scoring(members.separate, batch_rows=n) for n in (2, 8, 16)}
 _GENERATE = {f"generate, {n} rows": _sampling(sampling.generate, batch_rows=n) for n in (16, 64, 200)}
+_EAGER = _of_batches(policy.ours, native="none")
 
 ROWS = (
     Row(
@@ -118,6 +123,7 @@ ROWS = (
         "unique",
         {"ours": _of_batches(policy.ours), **_settings(policy.trl)},
         memory_target=2.0,
+        memory_of=AT_ONCE,
     ),
     Row(
         "policy step, four pairs a prompt",
@@ -127,6 +133,7 @@ ROWS = (
         "shared",
         {"ours": _of_batches(policy.ours), **_settings(policy.trl)},
         memory_target=2.0,
+        memory_of=AT_ONCE,
     ),
     Row(
         "reward-model step, unique prompts",
@@ -186,10 +193,13 @@ ROWS = (
     Row(
         "300 policy steps, torch.compile",
         "DPO, a pair a prompt, the time of compiling included",
-        "own eager steps",
+        "own steps in PyTorch's operations",
         1.3,
         "unique",
-        {"ours": _of_batches(policy.ours, compiled=True), "own eager": _of_batches(policy.ours)},
+        {
+            "ours": _of_batches(policy.ours, compiled=True, native="anew"),
+            "own": _EAGER,
+        },
         steps=300,
     ),
     Row(
@@ -198,7 +208,7 @@ ROWS = (
         "own steps in PyTorch's operations",
         1.3,
         "unique",
-        {"ours": _of_batches(policy.ours, native="anew"), "own": _of_batches(policy.ours, native="none")},
+        {"ours": _of_batches(policy.ours, native="anew"), "own": _EAGER},
         steps=300,
     ),
     Row(

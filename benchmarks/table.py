@@ -15,10 +15,13 @@ def reached(row: Mapping[str, Any]) -> bool:
     return bool(row["ratio"] <= row["target"] if row["at_most"] else row["ratio"] >= row["target"])
 
 
-def _short_of(row: Mapping[str, Any]) -> str:
-    """What is to be said where the peer's memory is not the asked multiple of ours."""
-    asked = row["memory_target"]
-    return "" if asked is None or row["memory"]["ratio"] >= asked else f", {row['memory_target']:g}x missed"
+def _memory(row: Mapping[str, Any]) -> str:
+    """Both sides' gigabytes, those of the setting that a target names if it is another one, and a target missed."""
+    memory, asked = row["memory"], row["memory_target"]
+    said = f"{memory['ours']:.1f} / {memory['peer']:.1f}"
+    if memory.get("against") and f"({memory['against']})" not in row["peer_is"] and asked is not None:
+        said += f"; {memory['against_peak']:.1f} of {memory['against']}"
+    return said if asked is None or memory["ratio"] >= asked else f"{said}, {asked:g}x missed"
 
 
 def _counts(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -78,7 +81,6 @@ def markdown(results: Mapping[str, Any], *, picture: str, remarks: str = "") -> 
         line(*["---"] * len(head)),
     ]
     for row in results["rows"]:
-        memory = row["memory"]
         out.append(
             line(
                 f"{row['name']}<br>{row['work']}",
@@ -87,7 +89,7 @@ def markdown(results: Mapping[str, Any], *, picture: str, remarks: str = "") -> 
                 f"{row['peer']:.2f}",
                 f"{row['ratio']:.2f}x",
                 ("at most " if row["at_most"] else "") + f"{row['target']:g}x" + ("" if reached(row) else ", missed"),
-                f"{memory['ours']:.1f} / {memory['peer']:.1f}" + _short_of(row),
+                _memory(row),
                 f"{row['utilisation']:.0%}",
             )
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import benchmarks.__main__ as main  # noqa: E402
-from benchmarks import members, policy, reward, sampling, scoring, shapes, trials  # noqa: E402
+from benchmarks import members, policy, reward, sampling, scoring, shapes, table, trials  # noqa: E402
 from benchmarks.__main__ import asked_of, earlier_of, remarks_of  # noqa: E402
 from benchmarks.rows import ROWS, Sizes, flops_once  # noqa: E402
 from benchmarks.shapes import policy_of, prompts_of  # noqa: E402
@@ -186,17 +187,19 @@ def test_peers_that_less_work_hardly_tells_apart_are_tried_at_all_of_it(name, mo
 
     def trial(row, side, precision, sizes, *, less):
         asked.append((side, precision, less))
-        return {"plain": 40.0, "checkpointing": 50.0}[side]
+        return trials.Trial({"plain": 40.0, "checkpointing": 50.0, "slow": 90.0}[side], 5.0)
 
     monkeypatch.setattr(trials, "trial", trial)
     row = next(r for r in ROWS if r.name == name)
     less = {"checkpointing": ("float32", 9.7), "plain": ("float32", 10.6), "slow": ("bfloat16", 30.0)}
     again = trials.at_all_work(row, less, Sizes())
-    assert again == {"checkpointing": 50.0, "plain": 40.0}
+    assert again == {"checkpointing": (50.0, 5.0), "plain": (40.0, 5.0)}
     assert asked == [("checkpointing", "float32", False), ("plain", "float32", False)]
-    assert trials.by_speed(less, again) == ["plain", "checkpointing", "slow"]
+    assert trials.by_speed(less, {s: t.seconds for s, t in again.items()}) == ["plain", "checkpointing", "slow"]
     told_apart = {**less, "plain": ("float32", 20.0)}
     assert trials.at_all_work(row, told_apart, Sizes()) == {}
+    assert trials.at_all_work(row, told_apart, Sizes(), also=["slow"]).keys() == {"slow"}
+    assert trials.at_all_work(row, less, Sizes(), also=["slow", "plain"]).keys() == less.keys()
     assert trials.by_speed(told_apart, {}) == ["checkpointing", "plain", "slow"]
 
 
@@ -220,7 +223,9 @@ def test_peers_that_are_near_take_their_steps_in_turn_and_the_faster_there_count
         return {side: main._Taken(took[side], [0.5, 0.25], 1.0) for side in sides}
 
     monkeypatch.setattr(main, "trials", lambda _row, side, *_: {"float32": alone[side]})
-    monkeypatch.setattr(main, "at_all_work", lambda *_: {plain: 36.0, other: 39.0})
+    named = {plain: trials.Trial(36.0, 9.0), other: trials.Trial(39.0, 4.0)}
+    monkeypatch.setattr(main, "at_all_work", lambda *_, also: named)
+    assert set(row.memory_of) == {plain, other}
     monkeypatch.setattr(main, "_in_turn", in_turn)
     monkeypatch.setattr(main, "_rate", lambda _: 1e9)
     options = argparse.Namespace(precision="float32")
@@ -229,9 +234,31 @@ def test_peers_that_are_near_take_their_steps_in_turn_and_the_faster_there_count
     assert found["peer_is"].endswith(f"({other})")
     assert (found["ours"], found["peer"], found["ratio"]) == (2.5, 9.5, 3.8)
     assert found["seconds"][plain] == [12.0, 14.0]
+    assert found["memory"] == {"ours": 1.0, "peer": 1.0, "against": plain, "against_peak": 9.0, "ratio": 9.0}
     lacking = True
     assert main._measure(row, Sizes("tiny", 20, 7, 2), options)["ratio"] == 13.0 / 2.5
     assert asked == [["ours", plain, other], ["ours", plain, other], ["ours", plain]]
+
+
+def test_memory_counts_against_the_faster_setting_that_the_target_names():
+    """The fastest of all may be another: what is asked of memory is asked of those at once."""
+    fast, slow, none = trials.Trial(10.0, 9.0), trials.Trial(12.0, 5.0), trials.Trial(math.inf, None)
+    for named, against, peak in (
+        ({"trl": fast, "trl, checkpointing": slow}, "trl", 9.0),
+        ({"trl": none, "trl, checkpointing": slow}, "trl, checkpointing", 5.0),
+        ({"trl": none, "trl, checkpointing": none}, "trl, a prompt at a time", 6.0),
+        ({}, "trl, a prompt at a time", 6.0),
+    ):
+        memory = main.memory_of(3.0, "trl, a prompt at a time", 6.0, named)
+        assert memory == {"ours": 3.0, "peer": 6.0, "against": against, "against_peak": peak, "ratio": peak / 3.0}
+    row = {"memory": main.memory_of(3.0, "trl, a prompt at a time", 6.0, {"trl": fast}), "memory_target": 2.0}
+    row["peer_is"] = "TRL (trl, a prompt at a time)"
+    assert table._memory(row) == "3.0 / 6.0; 9.0 of trl"
+    row["memory_target"] = 4.0
+    assert table._memory(row) == "3.0 / 6.0; 9.0 of trl, 4x missed"
+    row = {"memory": main.memory_of(3.0, "trl", 9.0, {"trl": fast}), "memory_target": 2.0, "peer_is": "TRL (trl)"}
+    assert table._memory(row) == "3.0 / 9.0"
+    assert table._memory({**row, "memory_target": None}) == "3.0 / 9.0"
 
 
 @pytest.mark.parametrize(
@@ -242,11 +269,13 @@ def test_a_trial_takes_the_least_of_as_many_steps_as_there_is_patience_for(secon
     left = iter(seconds)
 
     class Alone:
+        peak = 3.5
+
         def step(self):
             return next(left)
 
     monkeypatch.setattr(trials, "worker", lambda *_, **__: contextlib.nullcontext(Alone()))
-    assert trials.trial(ROWS[0], "ours", "float32", Sizes(), less=True) == least
+    assert trials.trial(ROWS[0], "ours", "float32", Sizes(), less=True) == (least, 3.5)
     assert len(list(left)) == len(seconds) - taken
 
 
