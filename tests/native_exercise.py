@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from prefdistill.models.attention import blocks_of
-from prefdistill.native import attention
-from prefdistill.native.elementwise import Gate, Norm
+from prefdistill.native import attention, outer
+from prefdistill.native.elementwise import Gate, Norm, Rotary
 from prefdistill.native.library import NAMES, Library
 from prefdistill.native.linear import linear
 from test_attention import dense, places_of, visible
@@ -78,10 +78,32 @@ def exercise_norms(compiled: Library, dtype: torch.dtype) -> None:
         same(found, [truth, *torch.autograd.grad(truth, wide, grad.double())], 2e-5, 1e-4)
 
 
+def exercise_rotary(compiled: Library, dtype: torch.dtype) -> None:
+    for tokens, heads, half in ((1, 1, 1), (3, 2, 7), (2, 3, 8), (5, 1, 16), (4, 2, 33)):
+        x, grad = (
+            drawn(tokens, heads, 2 * half, dtype=dtype).requires_grad_(),
+            drawn(tokens, heads, 2 * half, dtype=dtype),
+        )
+        cos, sin = drawn(2, tokens, 2 * half)
+        ours = Rotary.apply(x, cos, sin, compiled)
+        wide = x.detach().double().requires_grad_()
+        first, second = wide.chunk(2, dim=-1)
+        truth = wide * cos.double()[:, None] + torch.cat([-second, first], -1) * sin.double()[:, None]
+        found = [ours, *torch.autograd.grad(ours, x, grad)]
+        same(found, [truth, *torch.autograd.grad(truth, wide, grad.double())], 1e-5, 1e-5)
+
+
+def exercise_outer(compiled: Library) -> None:
+    for tokens, m, n in ((1, 32, 32), (31, 64, 32), (513, 32, 96), (1100, 64, 64)):
+        both = drawn(tokens, m + n, dtype=torch.bfloat16)  # rows of which each side is a part
+        g, x = both[:, :m], both[:, m:]
+        same([outer.outer(compiled, g, x)], [g.double().T @ x.double()], 1e-3, 1e-4)
+
+
 def exercise_products(compiled: Library) -> None:
-    for rows, inner, outer in ((256, 16, (16,)), (257, 48, (80, 16)), (299, 1040, (32,)), (1030, 32, (48,))):
-        x, weights = drawn(rows, inner).requires_grad_(), [drawn(n, inner).requires_grad_() for n in outer]
-        grads = [drawn(rows, n) for n in outer]
+    for rows, inner, features in ((256, 16, (16,)), (257, 48, (80, 16)), (299, 1040, (32,)), (1030, 32, (48,))):
+        x, weights = drawn(rows, inner).requires_grad_(), [drawn(n, inner).requires_grad_() for n in features]
+        grads = [drawn(rows, n) for n in features]
         outs = linear(compiled, x, *weights)
         wide = [t.detach().double().requires_grad_() for t in (x, *weights)]
         truths = [wide[0] @ w.T for w in wide[1:]]
@@ -101,8 +123,10 @@ def exercise(handle: ctypes.CDLL, tiles: bool) -> None:
             exercise_attention(compiled, dtype)
             exercise_gates(compiled, dtype)
             exercise_norms(compiled, dtype)
+            exercise_rotary(compiled, dtype)
         if has_half and tiles:
             exercise_attention(Library(handle, NAMES, tiles=True), torch.bfloat16)
+            exercise_outer(Library(handle, NAMES, tiles=True))
         if hasattr(handle, "prefdistill_product_float"):
             exercise_products(Library(handle, NAMES, tiles=False))
     print("as in float64", *(["in bfloat16"] if has_half else []), *(["by tiles"] if tiles else []))

@@ -17,7 +17,7 @@ from prefdistill.data.tree import Tree
 from prefdistill.models.attention import attend, blocks_of, carrier_mask
 from prefdistill.models.forward import TreeModel
 from prefdistill.native import attention, library
-from prefdistill.native.elementwise import Gate, Norm
+from prefdistill.native.elementwise import Gate, Norm, Rotary
 from prefdistill.native.library import Library
 from test_attention import dense, places_of, visible
 
@@ -251,7 +251,7 @@ def test_frozen_norms_ask_for_no_gradient():
 def test_a_model_takes_them_all_and_gives_what_pytorch_gives(monkeypatch, dtype, checkpointing):
     """Log-probs and gradients of a Llama, in bfloat16 under autocast, to the type's rounding."""
     trees = [Tree((5, 6, 7, 8), ((20, 21, 22, 2), (23, 2))), Tree((9,), ((30, 31),))]
-    places = [f"prefdistill.models.{name}.library_for" for name in ("attention", "gates", "norms")]
+    places = [f"prefdistill.models.{name}.library_for" for name in ("attention", "gates", "norms", "rotary")]
     called = set()
     results = []
     for compiled in (None, LIBRARY):
@@ -290,6 +290,7 @@ def test_second_derivatives_are_refused_not_left_out():
     for out, of in (
         (Gate.apply(q, k, LIBRARY), q),
         (Norm.apply(q, torch.ones(32), 1e-6, LIBRARY, torch.float32), q),
+        (Rotary.apply(q, torch.ones(5, 32), torch.ones(5, 32), LIBRARY), q),
         (attention.attend(LIBRARY, q, k, v, blocks_of(places_of([(3, (2,))])), 1.0), v),
     ):
         (grad,) = torch.autograd.grad(out.square().sum(), of, create_graph=True)

@@ -9,6 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from prefdistill.errors import ConfigError
+
+# What a model that takes no such rows or masks, or a PyTorch without such a kernel, may raise: why, in its own words.
+REFUSALS = (
+    ConfigError, RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError,
+)  # fmt: skip
+
 
 def unwrap(model: Any) -> Any:
     """The transformers model inside PEFT's and distributed wrappers (adapters stay in its layers)."""

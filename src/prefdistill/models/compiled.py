@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from prefdistill.errors import ConfigError
-from prefdistill.models import gates, linears, norms
+from prefdistill.models import gates, linears, norms, rotary
 from prefdistill.models.backbone import replacement_of
 from prefdistill.native.library import compiler
 
-REPLACEMENTS = (gates._forward, linears._forward, norms._forward)
+REPLACEMENTS = (gates._forward, linears._forward, norms._forward, rotary._forward)
 
 
 def check_compiler(device: torch.device) -> None:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from prefdistill.data.checks import words_of
 from prefdistill.data.tree import Place
-from prefdistill.models.backbone import device_of, tolerance_of, unwrap
-from prefdistill.models.forward import REFUSALS, TreeModel, small_window
+from prefdistill.models.backbone import REFUSALS, device_of, tolerance_of, unwrap
+from prefdistill.models.forward import TreeModel, small_window
 from prefdistill.models.past import Past
 
 logger = logging.getLogger(__name__)

@@ -24,23 +24,20 @@ from prefdistill.errors import ConfigError
 from prefdistill.models import flash
 from prefdistill.models.allocator import keep_freed_memory
 from prefdistill.models.attention import carrier_mask, give_back, take_over
-from prefdistill.models.backbone import backbone_of, device_of, heads_of, tolerance_of, unwrap
+from prefdistill.models.backbone import REFUSALS, backbone_of, device_of, heads_of, tolerance_of, unwrap
 from prefdistill.models.compiled import has_compiled_layers
 from prefdistill.models.gates import fuse_gates
 from prefdistill.models.head import Scaling, head_logps
 from prefdistill.models.linears import speed_up_linears
 from prefdistill.models.norms import lighten_norms
 from prefdistill.models.past import Past
+from prefdistill.models.rotary import fuse_rotary
 
 logger = logging.getLogger(__name__)
 
 Path = Literal["packed", "tree", "plain"]
 PROBE_WINDOW = 4
 SIBLING = 0.01  # of the tolerance: an expert's product rounds by its number of rows, and siblings are among them
-# What a model that takes no such rows or masks, or a PyTorch without such a kernel, may raise: why, in its own words.
-REFUSALS = (
-    ConfigError, RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError,
-)  # fmt: skip
 
 
 class TreeModel:
@@ -63,6 +60,7 @@ class TreeModel:
         compiled = has_compiled_layers(self.backbone)
         if not compiled:
             fuse_gates(self.backbone)  # what the last layer leaves out is under the probe too
+            fuse_rotary(self.backbone)
             speed_up_linears(self.backbone)
         if path is None:
             self.path, self._mask_form = _probe(self)

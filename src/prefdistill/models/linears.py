@@ -1,4 +1,8 @@
-"""A decoder's linear layers by the compiled library in float32, on CPUs where its products beat PyTorch's."""
+"""A decoder's linear layers by the compiled library, on CPUs where its products beat PyTorch's.
+
+In float32 these are all of a layer's (AMD's CPUs without AVX-512), under autocast to bfloat16 its weight's gradient
+(with AMX).
+"""
 
 from __future__ import annotations
 
@@ -9,21 +13,21 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from prefdistill.models.backbone import device_of, replace_forward, replacement_of
-from prefdistill.native import linear
+from prefdistill.native import linear, outer
 from prefdistill.native.library import Library, library
 
 
 def speed_up_linears(backbone: nn.Module) -> int:
     """Replaces the forward of a model's plain linear layers on such a CPU; returns how many.
 
-    Layers with hooks or with a forward of their own are left. To autocast, to torch.compile, for few rows and in other
-    types a layer is what it was.
+    Layers with hooks or with a forward of their own are left. To torch.compile, for few rows and in other types a layer
+    is what it was.
     """
     found = 0
     if device_of(backbone).type != "cpu":
         return found
     compiled = library()
-    if compiled is None or not compiled.multiplies:
+    if compiled is None or not (compiled.multiplies or compiled.tiles):
         return found
     for module in backbone.modules():
         if _is_plain(module) and "forward" not in vars(module):
@@ -58,10 +62,22 @@ def _library_for(x: Tensor, *weights: Tensor) -> Library | None:
     return compiled if compiled is not None and compiled.multiplies else None
 
 
+def _library_of_gradients(x: Tensor, weight: Tensor) -> Library | None:
+    """The library, where it is to make this weight's gradient under autocast."""
+    rounds = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    if torch.compiler.is_compiling() or not rounds:
+        return None
+    compiled = library()
+    return compiled if compiled is not None and outer.takes(compiled, x, weight) else None
+
+
 def _forward(self: nn.Linear, x: Tensor) -> Tensor:
     compiled = _library_for(x, self.weight)
     if compiled is not None:
         return _multiplied(compiled, x, self)[0]
+    compiled = _library_of_gradients(x, self.weight)
+    if compiled is not None:
+        return outer.linear(compiled, x, self.weight, self.bias)
     return nn.functional.linear(x, self.weight, self.bias)
 
 

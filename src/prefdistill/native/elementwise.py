@@ -81,3 +81,29 @@ class Norm(torch.autograd.Function):
             _threads(),
         )
         return d_x, d_weight, None, None, None
+
+
+class Rotary(torch.autograd.Function):
+    """x cos + (-x2, x1) sin of a head's halves x1 and x2; rounded once, where PyTorch goes over memory seven times.
+
+    x is [tokens, heads, d], cos and sin are [tokens, d] of float32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, library: Library) -> Tensor:
+        ctx.given = cos.contiguous(), sin.contiguous(), library
+        return _rotated(x, *ctx.given, back=False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _rotated(grad, *ctx.given, back=True), None, None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, library: Library, *, back: bool) -> Tensor:
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    library.function("rotary", x.dtype)(
+        *map(_at, (x, out, cos, sin)), *map(_size, x.shape), ctypes.c_int32(back), _threads()
+    )
+    return out

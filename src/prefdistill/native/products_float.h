@@ -61,8 +61,8 @@ void piece(int64_t k, const float* a, int64_t row, int64_t step, const float* b,
     // Unrolled by hand's hint: only then do the sums stay in registers.
 #pragma GCC unroll 12
     for (int r = 0; r < ROWS; r++) {
-        sum[r][0] = add ? load(c + r * ldc) : splat(0.0f);
-        sum[r][1] = add ? load(c + r * ldc + WIDTH) : splat(0.0f);
+        sum[r][0] = splat(0.0f);
+        sum[r][1] = splat(0.0f);
     }
 #pragma GCC unroll 4
     for (int64_t s = 0; s < k; s++) {
@@ -78,8 +78,9 @@ void piece(int64_t k, const float* a, int64_t row, int64_t step, const float* b,
     }
 #pragma GCC unroll 12
     for (int r = 0; r < ROWS; r++) {
-        store(c + r * ldc, sum[r][0]);
-        store(c + r * ldc + WIDTH, sum[r][1]);
+        // Here, not before: added one by one to a large sum, a thousand products would each be rounded by its size.
+        store(c + r * ldc, add ? load(c + r * ldc) + sum[r][0] : sum[r][0]);
+        store(c + r * ldc + WIDTH, add ? load(c + r * ldc + WIDTH) + sum[r][1] : sum[r][1]);
     }
 }
 
