@@ -73,7 +73,7 @@ def markdown(results: Mapping[str, Any], *, picture: str, remarks: str = "") -> 
         + ", ".join(f"{name} {version}" for name, version in results["versions"].items())
         + f". Medians of {_counts(results['rows'])} steps that the sides took in turn (of 300 steps their sum, with "
         f"compiling), each {_precisions(results['rows'])}. {_equality(results['rows'])}Utilisation: model FLOPs of the "
-        "tokens that must be computed once, over PyTorch's matrix product on that machine (ours can be faster).",
+        "tokens that must be computed once, over PyTorch's best matrix product on that machine (ours can be faster).",
         "",
         f"![ratio by row]({picture})",
         "",

@@ -100,6 +100,7 @@ def test_the_command_writes_its_results(tmp_path):
     assert "in float32, the only precision that was tried." in page
     assert all(of.keys() == {"float32"} for of in row["trials"].values())
     assert {"machine", "versions"} <= set(written)
+    assert row["utilisation"] == pytest.approx(row["flops"] / row["ours"] / written["rate"])
     assert written["versions"]["trl"] == "1.16.0"
 
 
@@ -227,7 +228,6 @@ def test_peers_that_are_near_take_their_steps_in_turn_and_the_faster_there_count
     monkeypatch.setattr(main, "at_all_work", lambda *_, also: named)
     assert set(row.memory_of) == {plain, other}
     monkeypatch.setattr(main, "_in_turn", in_turn)
-    monkeypatch.setattr(main, "_rate", lambda _: 1e9)
     options = argparse.Namespace(precision="float32")
     lacking = False
     found = main._measure(row, Sizes("tiny", 20, 7, 2), options)
