@@ -172,6 +172,31 @@ def test_prompts_that_are_one_to_the_model_stand_in_one_split():
     assert [g.split for g in whole] == ["test", "train", "train"]
 
 
+def test_prompts_that_are_one_to_the_model_and_stand_in_two_named_splits_are_refused():
+    """Rows of the one would be trained on in silence, or be tested on."""
+
+    def rows(first, second):
+        return [
+            pair("early prompt", "a", "b", split=first),
+            pair("other prompt", "b", "c", where="row 7", split=second),
+        ]
+
+    for both in (("test", "train"), ("train", "test")):
+        pairs = rows(*both)
+        splits = assign_splits(pairs, {}, seed=0)
+        with pytest.raises(DataError, match=rf"row 7: .*'{both[1]}', and in '{both[0]}' .*max_prompt_tokens"):
+            group_pairs(pairs, Encoder(TOKENIZER, max_prompt_tokens=6), splits=splits)
+        kept, _ = group_pairs(pairs, Encoder(TOKENIZER, max_prompt_tokens=6), splits=splits, drop_bad=True)
+        assert [(g.split, len(g.pairs)) for g in kept] == [(both[0], 1)]
+        whole, _ = group_pairs(pairs, Encoder(TOKENIZER, max_prompt_tokens=60), splits=splits)
+        assert [g.split for g in whole] == list(both)
+    pairs = rows("train", "train")
+    # Drawn for validation of what rows call "train": nothing is asked of these.
+    splits = {**assign_splits(pairs, {}, seed=0), prompt_key("other prompt"): "validation"}
+    (one,), _ = group_pairs(pairs, Encoder(TOKENIZER, max_prompt_tokens=6), splits=splits)
+    assert (one.split, len(one.pairs)) == ("train", 2)
+
+
 def test_chat_and_text_of_the_same_words_are_two_prompts():
     groups, _ = grouped([pair("p", "a", "b"), pair(user("p"), assistant("a"), assistant("b"))])
     assert len(groups) == 2

@@ -68,12 +68,14 @@ def group_pairs(
         given: rewards are read from the columns `given`_chosen and `given`_rejected.
 
     Raises:
-        DataError: a pair cannot be encoded, a response has an end token in its middle, where a policy would stop, or
-            its given rewards are not finite, not as many as others', or not those of another row.
+        DataError: a pair cannot be encoded, a response has an end token in its middle, where a policy would stop, its
+            given rewards are not finite, not as many as others', or not those of another row, or its prompt was cut to
+            that of a row which names another split.
     """
     prompts, spooled = Spool(_PROMPT), Spool(_PAIR)
     number_of: dict[bytes, int] = {}  # by the text, and by the ids: texts may be the same to the model
     pairs_of: list[array[int]] = []
+    own_split: list[str | None] = []  # that the row named which came first
     left_out = LeftOut() if left_out is None else left_out
     before = left_out.counts.copy()
     rewards = GivenRewards(given) if given is not None else None
@@ -96,6 +98,13 @@ def group_pairs(
                         }
                     )
                     pairs_of.append(array("q"))
+                    own_split.append(_named(pair))
+                elif _named(pair) != own_split[number_of[same_ids]]:
+                    raise DataError(
+                        f"column 'split' is {_named(pair)!r}, and in {own_split[number_of[same_ids]]!r} stands a prompt "
+                        "that is the same tokens to the policy, which reads the last dataset.max_prompt_tokens of each; "
+                        "a prompt must be in one split only: raise that, or put both into one"
+                    )
                 number_of[key] = number_of[same_ids]
             for name, ids in (("chosen", chosen), ("rejected", rejected)):
                 check_ends(name, ids or (), encoder)
@@ -142,6 +151,12 @@ def _group(head: dict[str, Any], rows: list[dict[str, Any]]) -> PromptGroup:
     return group
 
 
+def _named(pair: Pair) -> str | None:
+    """The split that a row names."""
+    named = pair.extra.get("split")
+    return named if named in SPLITS else None
+
+
 def _too_long(chosen: Any, rejected: Any, encoder: Encoder) -> DataError:
     named = " and ".join(repr(n) for n, ids in (("chosen", chosen), ("rejected", rejected)) if ids is None)
     return DataError(
@@ -179,8 +194,8 @@ def assign_splits(pairs: Iterable[Pair], fractions: dict[str, float], seed: int)
         key = prompt_key(pair.prompt)
         if key not in places:
             places[key] = hashlib.blake2b(f"{seed}:{text_key(pair.prompt)}".encode(), digest_size=8).digest()
-        given = pair.extra.get("split")
-        if given not in SPLITS:
+        given = _named(pair)
+        if given is None:
             unnamed = unnamed or pair
         elif own.setdefault(key, given) != given:
             raise DataError(

@@ -48,7 +48,8 @@ def _is_formula(attention: Any) -> bool:
     parts = [getattr(attention, name, None) for name in PARTS]
     bases: list[Any] = [getattr(part, "base_layer", part) for part in parts]  # of adapters
     d, config = getattr(attention, "head_dim", None), getattr(attention, "config", None)
-    if not all(type(base) is nn.Linear and not base.weight.is_meta for base in bases) or config is None:
+    whole = all(type(base) is nn.Linear and base.weight.dim() == 2 and not base.weight.is_meta for base in bases)
+    if not whole or config is None:
         return False
     known = all(isinstance(getattr(attention, name, None), float | int) for name in ("scaling", "attention_dropout"))
     if not known or not isinstance(d, int) or d % 2:
