@@ -35,7 +35,7 @@ ROOT = Path(__file__).parent.parent
 # Files beside docs/ that the site shows, under the path that they have in the repository.
 OUTSIDE = (
     *("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"),
-    *(f"benchmarks/{folder}{name}" for folder in ("", "amx/", "avx2/") for name in ("RESULTS.md", "results.svg")),
+    *(f"benchmarks/{folder}{name}" for folder in ("", "avx512/", "avx2/") for name in ("RESULTS.md", "results.svg")),
 )
 # Files that the site shows under another name, or as a page made of them.
 SHOWN_AS = {

@@ -148,7 +148,7 @@ def test_a_page_says_how_far_losses_were_apart_and_what_was_tried():
     assert "each in the faster of what was tried of float32 and bfloat16" in page
 
 
-@pytest.mark.parametrize("folder", ["benchmarks", "benchmarks/amx", "benchmarks/avx2"])
+@pytest.mark.parametrize("folder", ["benchmarks", "benchmarks/avx512", "benchmarks/avx2"])
 def test_pages_are_made_of_what_was_measured(folder):
     results = json.loads((ROOT / folder / "results.json").read_text())
     page = markdown(results, picture="results.svg", remarks=remarks_of(ROOT / folder, results))

@@ -99,11 +99,11 @@ def group_pairs(
                     )
                     pairs_of.append(array("q"))
                     own_split.append(_named(pair))
-                elif _named(pair) != own_split[number_of[same_ids]]:
+                elif _named(pair) != (other := own_split[number_of[same_ids]]):
                     raise DataError(
-                        f"column 'split' is {_named(pair)!r}, and in {own_split[number_of[same_ids]]!r} stands a prompt "
-                        "that is the same tokens to the policy, which reads the last dataset.max_prompt_tokens of each; "
-                        "a prompt must be in one split only: raise that, or put both into one"
+                        f"column 'split' is {_named(pair)!r}, and in {other!r} stands a prompt that is the same tokens "
+                        "to the policy, which reads the last dataset.max_prompt_tokens of each; a prompt must be in "
+                        "one split only: raise that, or put both into one"
                     )
                 number_of[key] = number_of[same_ids]
             for name, ids in (("chosen", chosen), ("rejected", rejected)):
