@@ -196,10 +196,7 @@ ROWS = (
         "own steps in PyTorch's operations",
         1.3,
         "unique",
-        {
-            "ours": _of_batches(policy.ours, compiled=True, native="anew"),
-            "own": _EAGER,
-        },
+        {"ours": _of_batches(policy.ours, compiled=True, native="anew"), "own": _EAGER},
         steps=300,
     ),
     Row(

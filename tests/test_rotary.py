@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+import transformers as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -20,16 +21,13 @@ from prefdistill.models.loading import add_lora
 from prefdistill.models.rotary import fuse_rotary
 from prefdistill.native import library
 from prefdistill.native.elementwise import Rotary
-from tiny_models import tiny
+from test_native import ROUNDING, of_each_type
+from tiny_models import SHAPE, tiny
 
-LIBRARY = library.library()
-needs_kernel = pytest.mark.skipif(LIBRARY is None, reason="no compiler, or a CPU without AVX2")
-ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 TREES = [Tree((5, 6, 7, 8), ((20, 21, 22, 2), (23, 2))), Tree((9,), ((30, 31),))]
 
 
-@needs_kernel
-@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@of_each_type
 @settings(max_examples=40, deadline=None)
 @given(
     tokens=st.integers(1, 40),
@@ -38,14 +36,11 @@ TREES = [Tree((5, 6, 7, 8), ((20, 21, 22, 2), (23, 2))), Tree((9,), ((30, 31),))
     seed=st.integers(0, 2**20),
 )
 def test_states_and_gradients_are_float64s(dtype, tokens, heads, half, seed):
-    compiled = library.library_for(dtype)
-    if compiled is None:
-        pytest.skip(f"nothing is compiled for {dtype} here")
     draw = torch.Generator().manual_seed(seed)
     x, grad = torch.randn(2, tokens, heads, 2 * half, generator=draw).to(dtype)
     cos, sin = torch.randn(2, tokens, 2 * half, generator=draw)  # its halves need not be alike
     ours = x.clone().requires_grad_()
-    out = Rotary.apply(ours, cos, sin, compiled)
+    out = Rotary.apply(ours, cos, sin, library.library_for(dtype))
     out.backward(grad)
     wide = x.double().requires_grad_()
     truth = apply_rotary_pos_emb(wide, wide, cos.double(), sin.double())[0]
@@ -115,22 +110,11 @@ def test_layers_that_attend_otherwise_are_left():
 
 @pytest.mark.parametrize("change", ["interleaved", "part of a head", "norm over all heads"])
 def test_other_embeddings_are_left(change):
-    import transformers as tf
-
-    shape = {
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "pad_token_id": 0,
-    }
     config = {
         "interleaved": tf.CohereConfig,
         "part of a head": tf.StableLmConfig,
         "norm over all heads": tf.Olmo2Config,
-    }[change](**shape)
+    }[change](**SHAPE)
     assert fuse_rotary(tf.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").model) == 0
 
 

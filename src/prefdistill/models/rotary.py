@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers.masking_utils import sdpa_mask
 
 from prefdistill.models.attention import NAME, attend
 from prefdistill.models.backbone import REFUSALS, device_of, replace_forward, tolerance_of
@@ -29,8 +28,7 @@ IGNORED = ("sliding_window", "position_ids", "use_cache", "is_causal")  # said b
 def fuse_rotary(backbone: nn.Module) -> int:
     """Replaces the forward of a model's attention layers on a CPU; returns how many.
 
-    It is the module's own for every mask but a packed row's, in a precision that nothing is compiled for, and to
-    torch.compile.
+    It is the module's own for every mask but a packed row's, and to torch.compile.
     """
     found = 0
     if device_of(backbone).type != "cpu":
@@ -98,7 +96,6 @@ def _spy(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any)
 
 
 transformers.AttentionInterface.register(SPY, _spy)
-transformers.AttentionMaskInterface.register(SPY, sdpa_mask)
 
 
 def _turned(self: Any, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,17 +103,18 @@ def _turned(self: Any, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Ten
     q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in together(x, self.q_proj, self.k_proj, self.v_proj))
     norms = (getattr(self, name, None) for name in ("q_norm", "k_norm"))
     q, k = (y if norm is None else norm(y) for y, norm in zip((q, k), norms, strict=True))
-    compiled = library_for(q.dtype)
-    if compiled is None:
-        q, k = (y * cos[:, :, None] + _across(y) * sin[:, :, None] for y in (q, k))
-    else:
-        q, k = (Rotary.apply(y[0], cos[0].float(), sin[0].float(), compiled).unsqueeze(0) for y in (q, k))
+    q, k = (_turn(y, cos, sin) for y in (q, k))
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
-def _across(x: Tensor) -> Tensor:
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [1, T, heads, d], turned."""
+    compiled = library_for(x.dtype)
+    if compiled is not None:
+        found: Tensor = Rotary.apply(x[0], cos[0].float(), sin[0].float(), compiled)
+        return found.unsqueeze(0)
     first, second = x.chunk(2, dim=-1)
-    return torch.cat([-second, first], dim=-1)
+    return x * cos[:, :, None] + torch.cat([-second, first], dim=-1) * sin[:, :, None]
 
 
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -121,10 +121,10 @@ std::vector<std::vector<std::vector<int64_t>>> lanes_of(const Work<T>& w, int64_
 constexpr int32_t DONE = 0, NO_MEMORY = 1;  // what a function of the library returns
 
 // What a thread works with, or null where memory falls short: nothing may be thrown out of a parallel region.
-template <class Part, class T>
-std::unique_ptr<Part> part_of(const Work<T>& w, std::atomic<bool>& lacking) {
+template <class Part, class From>
+std::unique_ptr<Part> part_of(const From& from, std::atomic<bool>& lacking) {
     try {
-        return std::make_unique<Part>(w);
+        return std::make_unique<Part>(from);
     } catch (const std::bad_alloc&) {
         lacking = true;
         return nullptr;

@@ -1,4 +1,4 @@
-"""Gates and norms by the compiled library, each in one pass over memory."""
+"""Gates, norms and rotary embeddings by the compiled library, each in one pass over memory."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch.autograd.function import once_differentiable
 from prefdistill.native.library import Library
 
 
-def _at(x: Tensor) -> ctypes.c_void_p:
+def at(x: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(x.data_ptr())
 
 
-def _size(n: int) -> ctypes.c_int64:
+def size(n: int) -> ctypes.c_int64:
     return ctypes.c_int64(n)
 
 
-def _threads() -> ctypes.c_int32:
+def threads() -> ctypes.c_int32:
     return ctypes.c_int32(torch.get_num_threads())
 
 
@@ -31,7 +31,7 @@ class Gate(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, library: Library) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
         out = torch.empty_like(gate)
-        library.function("gate", gate.dtype)(_at(gate), _at(up), _at(out), _size(gate.numel()), _threads())
+        library.function("gate", gate.dtype)(at(gate), at(up), at(out), size(gate.numel()), threads())
         ctx.save_for_backward(gate, up)
         ctx.library = library
         return out
@@ -42,7 +42,7 @@ class Gate(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         grad, d_gate, d_up = grad.contiguous(), torch.empty_like(gate), torch.empty_like(up)
         ctx.library.function("gate_backward", gate.dtype)(
-            *map(_at, (gate, up, grad, d_gate, d_up)), _size(gate.numel()), _threads()
+            *map(at, (gate, up, grad, d_gate, d_up)), size(gate.numel()), threads()
         )
         return d_gate, d_up, None
 
@@ -55,11 +55,11 @@ class Norm(torch.autograd.Function):
         x, weight = x.contiguous(), weight.contiguous()
         out, scale = torch.empty_like(x, dtype=dtype), x.new_empty(x.shape[:-1])
         library.function("norm", dtype)(
-            *map(_at, (x, weight, out, scale)),
-            _size(scale.numel()),
-            _size(x.shape[-1]),
+            *map(at, (x, weight, out, scale)),
+            size(scale.numel()),
+            size(x.shape[-1]),
             ctypes.c_float(eps),
-            _threads(),
+            threads(),
         )
         ctx.save_for_backward(x, weight, scale)
         ctx.library = library
@@ -73,12 +73,12 @@ class Norm(torch.autograd.Function):
         d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         parts = x.new_empty(torch.get_num_threads(), d)
         ctx.library.function("norm_backward", grad.dtype)(
-            *map(_at, (x, weight, scale, grad, d_x)),
-            None if d_weight is None else _at(d_weight),
-            _at(parts),
-            _size(scale.numel()),
-            _size(d),
-            _threads(),
+            *map(at, (x, weight, scale, grad, d_x)),
+            None if d_weight is None else at(d_weight),
+            at(parts),
+            size(scale.numel()),
+            size(d),
+            threads(),
         )
         return d_x, d_weight, None, None, None
 
@@ -104,6 +104,6 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, library: Library, *, back: boo
     x = x.contiguous()
     out = torch.empty_like(x)
     library.function("rotary", x.dtype)(
-        *map(_at, (x, out, cos, sin)), *map(_size, x.shape), ctypes.c_int32(back), _threads()
+        *map(at, (x, out, cos, sin)), *map(size, x.shape), ctypes.c_int32(back), threads()
     )
     return out

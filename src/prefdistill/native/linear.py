@@ -20,17 +20,15 @@ WIDTH = 16  # features come in multiples of it
 ROWS = 256  # below, laying a weight out is not worth it
 
 
+def is_plain(x: Tensor) -> bool:
+    """Whether a tensor is numbers in a CPU's memory: of other classes it need not have memory of its own."""
+    return type(x) in (Tensor, Parameter) and x.layout == torch.strided and x.device.type == "cpu"
+
+
 def takes(x: Tensor, *weights: Tensor) -> bool:
     """Whether the library could put states x [..., in] through weights [out, in], all of float32 on a CPU."""
-    plain = all(
-        type(t) in (Tensor, Parameter)  # others need not have memory of their own
-        and t.layout == torch.strided
-        and t.dtype == torch.float32
-        and t.device.type == "cpu"
-        for t in (x, *weights)
-    )
     return (
-        plain
+        all(is_plain(t) and t.dtype == torch.float32 for t in (x, *weights))
         and x.numel() >= ROWS * x.shape[-1] > 0
         and all(w.dim() == 2 and len(w) > 0 and w.shape[1] == x.shape[-1] for w in weights)
         and all(n % WIDTH == 0 for w in weights for n in w.shape)

@@ -6,26 +6,25 @@ up to bfloat16 before it is a float32 gradient.
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import Parameter
 
+from prefdistill.native.elementwise import at, size, threads
 from prefdistill.native.library import Library
+from prefdistill.native.linear import ROWS, is_plain
 
 WIDTH = 32  # features come in multiples of it
-ROWS = 256  # below, laying states out is not worth it
 
 
 def takes(library: Library, x: Tensor, weight: Tensor) -> bool:
     """Whether the library could make the gradient of a float32 weight [out, in] that trains, of states x [..., in]."""
-    plain = all(type(t) in (Tensor, Parameter) and t.layout == torch.strided and t.is_cpu for t in (x, weight))
     return (
-        plain
-        and library.tiles
+        library.tiles
+        and is_plain(x)
+        and is_plain(weight)
         and torch.is_grad_enabled()
         and weight.requires_grad
         and weight.dtype == torch.float32
@@ -43,8 +42,7 @@ def linear(library: Library, x: Tensor, weight: Tensor, bias: Tensor | None) -> 
     Raises:
         MemoryError: in the backward pass, there is no memory for what threads work in.
     """
-    with torch.autocast("cpu", enabled=False):
-        found: Tensor = _Linear.apply(x.bfloat16(), weight, bias, library)
+    found: Tensor = _Linear.apply(x.bfloat16(), weight, bias, library)
     return found
 
 
@@ -77,13 +75,7 @@ def outer(library: Library, g: Tensor, x: Tensor) -> Tensor:
     """
     g, x = (y if y.stride(1) == 1 else y.contiguous() for y in (g, x))
     out = torch.empty(g.shape[1], x.shape[1])
-    sides = [(ctypes.c_void_p(y.data_ptr()), ctypes.c_int64(y.shape[1]), ctypes.c_int64(y.stride(0))) for y in (g, x)]
-    if library.handle.prefdistill_outer_half(
-        *sides[0],
-        *sides[1],
-        ctypes.c_void_p(out.data_ptr()),
-        ctypes.c_int64(len(g)),
-        ctypes.c_int32(torch.get_num_threads()),
-    ):
+    sides = [of_side for y in (g, x) for of_side in (at(y), size(y.shape[1]), size(y.stride(0)))]
+    if library.handle.prefdistill_outer_half(*sides, at(out), size(len(g)), threads()):
         raise MemoryError(f"no memory for a gradient of {tuple(out.shape)} by {torch.get_num_threads()} threads")
     return out

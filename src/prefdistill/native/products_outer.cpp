@@ -6,7 +6,7 @@
 #ifdef TILES
 namespace {
 
-constexpr int64_t LEFT = 32;     // rows of the result that a thread takes at a time
+constexpr int64_t LEFT = 32;  // rows of the result that a thread takes at a time
 constexpr int64_t LONGEST = 512;  // tokens at a time: a thread's left side stays in its first cache
 
 struct Flat {  // [tokens, size], its rows in one piece each
@@ -25,12 +25,7 @@ void outer(const Flat& g, const Flat& x, float* out, int64_t tokens, int32_t thr
 #pragma omp parallel num_threads(threads)
     {
         const Thread registers(true);
-        std::unique_ptr<Room<half>> left;
-        try {
-            left = std::make_unique<Room<half>>(LEFT * most);
-        } catch (const std::bad_alloc&) {
-            lacking = true;
-        }
+        const auto left = part_of<Room<half>>(LEFT * most, lacking);
 #pragma omp barrier
         if (!lacking)
             for (int64_t begin = 0; begin < tokens; begin += most) {
