@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -22,7 +23,7 @@ CONFIG = transformers.LlamaConfig(hidden_size=64, intermediate_size=96, num_atte
 def test_auto_takes_the_faster(float32, bfloat16, chosen, monkeypatch):
     asked = []
 
-    def rates(hidden, inner):
+    def rates(hidden, inner, clock):
         asked.append((hidden, inner))
         return {"float32": float32 * 1e12, "bfloat16": bfloat16 * 1e12}
 
@@ -32,6 +33,32 @@ def test_auto_takes_the_faster(float32, bfloat16, chosen, monkeypatch):
     assert precision.choose_precision("auto", CONFIG) == chosen
     assert asked == [(64, 96)], "the model's own shape, once"
     precision._faster_on_cpu.cache_clear()
+
+
+def test_what_else_runs_does_not_decide(monkeypatch):
+    """float32 here works half as long as bfloat16 and waits in every product, as under other processes' load."""
+
+    def product(x, w):
+        work = 0.001 if x.dtype == torch.float32 else 0.002
+        started = time.thread_time()
+        while time.thread_time() - started < work:
+            pass
+        if x.dtype == torch.float32:
+            time.sleep(0.01)
+        return x @ w.T
+
+    monkeypatch.setattr(torch.nn.functional, "linear", product)
+    precision._faster_on_cpu.cache_clear()
+    precision._rates.cache_clear()
+    threads = torch.get_num_threads()
+    try:
+        assert precision.choose_precision("auto", CONFIG) == "float32"
+        assert torch.get_num_threads() == threads
+        waits = precision._rates(64, 96)
+        assert waits["float32"] < waits["bfloat16"], "by the clock on the wall it would be the other one"
+    finally:
+        precision._faster_on_cpu.cache_clear()
+        precision._rates.cache_clear()
 
 
 def test_the_measurement_measures():

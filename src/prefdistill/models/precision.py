@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -23,7 +24,8 @@ def choose_precision(asked: str, config: Any, device: torch.device | str = "cpu"
     """The arithmetic to use for a model: what was asked, or for "auto" the faster one on this device.
 
     bfloat16 means autocast over float32 weights. On a CPU the two are timed for under a second on the model's own
-    hidden and intermediate sizes: with AMX bfloat16 is several times faster, without it can be slower.
+    hidden and intermediate sizes: with AMX bfloat16 is several times faster, without it can be slower. One thread's
+    time of the processor is what counts: with all threads on a busy machine, both wait for each other most of it.
 
     Raises:
         ConfigError: an unknown precision.
@@ -42,19 +44,23 @@ def choose_precision(asked: str, config: Any, device: torch.device | str = "cpu"
     text = config.get_text_config()
     hidden = int(text.hidden_size)
     inner = int(getattr(text, "intermediate_size", None) or 4 * hidden)
-    return _faster_on_cpu(hidden, inner, torch.get_num_threads())
+    return _faster_on_cpu(hidden, inner)
 
 
 @lru_cache(maxsize=8)
-def _faster_on_cpu(hidden: int, inner: int, threads: int) -> Literal["float32", "bfloat16"]:
-    rates = _rates(hidden, inner)
+def _faster_on_cpu(hidden: int, inner: int) -> Literal["float32", "bfloat16"]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        rates = _rates(hidden, inner, time.thread_time)
+    finally:
+        torch.set_num_threads(threads)
     faster: Literal["float32", "bfloat16"] = "bfloat16" if rates["bfloat16"] > rates["float32"] else "float32"
     logger.info(
-        "precision: %s (matmul %d x %d on %d threads: float32 %.2f, bfloat16 %.2f TFLOP/s)",
+        "precision: %s (matmul %d x %d on one thread: float32 %.2f, bfloat16 %.2f TFLOP/s)",
         faster,
         hidden,
         inner,
-        threads,
         rates["float32"] / 1e12,
         rates["bfloat16"] / 1e12,
     )
@@ -65,22 +71,21 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @lru_cache(maxsize=8)
-def _rates(hidden: int, inner: int) -> dict[str, float]:
+def _rates(hidden: int, inner: int, clock: Callable[[], float] = time.perf_counter) -> dict[str, float]:
     """FLOP/s of a float32 activation through a weight in each arithmetic, casts included as autocast does them.
 
-    The two take turns and the best of each counts, so that what else runs on the machine does not decide. No turn
-    starts after BUDGET_SECONDS.
+    The two take turns and the best of each counts. No turn starts after BUDGET_SECONDS of this clock.
     """
     x, w = torch.randn(MEASURED_ROWS, hidden), torch.randn(inner, hidden)
     best = dict.fromkeys(_DTYPES, float("inf"))
-    began = time.perf_counter()
+    began = clock()
     for _ in range(REPEATS):
-        if time.perf_counter() - began > BUDGET_SECONDS:
+        if clock() - began > BUDGET_SECONDS:
             break
         for name, dtype in _DTYPES.items():
-            start = time.perf_counter()
+            start = clock()
             torch.nn.functional.linear(x.to(dtype), w.to(dtype))
-            best[name] = min(best[name], time.perf_counter() - start)
+            best[name] = min(best[name], clock() - start)
     return {name: 2 * MEASURED_ROWS * hidden * inner / seconds for name, seconds in best.items()}
 
 
