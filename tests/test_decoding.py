@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from unittest import mock
 
 import pytest
 import torch
@@ -53,10 +54,15 @@ prompts_of = st.lists(st.lists(st.integers(3, VOCAB - 1), min_size=1, max_size=1
 
 
 @settings(max_examples=15, deadline=None)
-@given(prompts=prompts_of, samples=st.integers(1, 3), leaving=st.lists(st.integers(0, 255), min_size=0, max_size=9))
+@given(
+    prompts=prompts_of,
+    samples=st.integers(1, 3),
+    leaving=st.lists(st.integers(0, 255), min_size=0, max_size=9),
+    read_tokens=st.sampled_from([1, 14, 4096]),
+)
 @pytest.mark.parametrize("family", ["llama", "gemma3", "mistral"])
-def test_every_step_equals_a_full_forward(family, prompts, samples, leaving):
-    with torch.no_grad():
+def test_every_step_equals_a_full_forward(family, prompts, samples, leaving, read_tokens):
+    with torch.no_grad(), mock.patch.object(decoding, "READ_TOKENS", read_tokens):
         found = _follow(_model(family), prompts, samples, leaving, exact=EXACT)
     assert isinstance(found, decoding._Shared)
 
@@ -169,9 +175,21 @@ def test_a_prompts_keys_stand_once_and_leave_with_its_samples():
         assert layer.keys.shape[0] == 15
 
 
+def test_prompts_are_read_by_parts_of_bounded_size():
+    assert decoding._parts([2000, 2000, 96, 1]) == [range(3), range(3, 4)]
+    assert decoding._parts([5000, 1, 4096, 7]) == [range(1), range(1, 2), range(2, 3), range(3, 4)]
+    assert decoding._parts([3]) == [range(1)]
+
+
 def test_what_does_not_continue_the_rows_is_refused():
     kept = Past([3, 2], 2, 1, torch.device("cpu"))
     x = torch.randn(5, 2, 4)
+    with pytest.raises(ValueError, match="not those of prompts"):
+        kept.read(0, x, x)  # no prompt is being read
+    kept.reading = range(1, 2)
+    with pytest.raises(ValueError, match="not those of prompts"):
+        kept.read(0, x[:2], x[:2])  # the first prompt was not
+    kept.reading = range(2)
     with pytest.raises(ValueError, match="not those of prompts"):
         kept.read(0, x[:4], x[:4])
     kept.read(0, x, x)

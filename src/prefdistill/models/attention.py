@@ -217,7 +217,7 @@ def attend(
         q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
         if row.past is not None:
             layer: Any = module.layer_idx
-            if not row.past.reading:
+            if row.past.reading is None:
                 return row.past.attend(layer, q, k, v, row.window, scale).unsqueeze(0), None
             row.past.read(layer, k, v)
         return _over(row, q, k, v, scale, dropout, kind).unsqueeze(0), None

@@ -25,6 +25,7 @@ from prefdistill.models.past import Past
 
 logger = logging.getLogger(__name__)
 
+READ_TOKENS = 4096  # of prompts at once: more is hardly faster, and what is held meanwhile grows with them
 PROBE_STEPS = ((0, 2, 3), (1, 2), (0, 1))  # rows that go on, of four: one leaves, then a whole prompt, then none
 
 
@@ -82,14 +83,22 @@ class _Shared:
 
     def __init__(self, tree: TreeModel, prompts: Sequence[Sequence[int]], samples: int, room: int) -> None:
         self.tree, self.device = tree, device_of(tree.model)
-        lengths = [len(p) for p in prompts]
-        self.past = Past(lengths, samples, room - 1, self.device)  # nothing goes on from the last token
+        self.past = Past([len(p) for p in prompts], samples, room - 1, self.device)  # nothing follows the last token
+        ends = [self._read(prompts, part) for part in _parts([len(p) for p in prompts])]
+        self.logits = torch.cat(ends).repeat_interleave(samples, 0)
+
+    def _read(self, prompts: Sequence[Sequence[int]], part: range) -> Tensor:
+        """These prompts through the model; the logits behind each."""
+        read = [prompts[i] for i in part]
+        lengths = [len(p) for p in read]
         ends = torch.tensor(lengths, device=self.device).cumsum(0)
         places = [Place(int(end) - n, n, ()) for end, n in zip(ends, lengths, strict=True)]
-        ids = torch.tensor([i for p in prompts for i in p], device=self.device)
+        ids = torch.tensor([i for p in read for i in p], device=self.device)
         positions = torch.cat([torch.arange(n, device=self.device) for n in lengths])
-        self.logits = self._run(ids, positions, places, ends - 1).repeat_interleave(samples, 0)
-        self.past.reading = False
+        self.past.reading = part
+        logits = self._run(ids, positions, places, ends - 1)
+        self.past.reading = None
+        return logits
 
     def keep(self, rows: Tensor) -> None:
         self.past.keep(rows)
@@ -108,6 +117,17 @@ class _Shared:
         )
         logits: Tensor = out.logits[0]
         return logits
+
+
+def _parts(lengths: Sequence[int]) -> list[range]:
+    """Prompts beside each other that are read at once: READ_TOKENS, or one that is longer."""
+    parts, start, held = [], 0, 0
+    for i, n in enumerate(lengths):
+        if i > start and held + n > READ_TOKENS:
+            parts.append(range(start, i))
+            start, held = i, 0
+        held += n
+    return [*parts, range(start, len(lengths))]
 
 
 class _Repeated:

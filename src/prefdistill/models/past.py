@@ -42,7 +42,7 @@ class Past:
         self.samples = samples
         self.room = room
         self.tokens = 0  # of a response, that the layers hold
-        self.reading = True
+        self.reading: range | None = None  # prompts whose tokens go through the layers now
         self.prompt = torch.arange(len(lengths), device=device).repeat_interleave(samples)
         self.sample = torch.arange(samples, device=device).repeat(len(lengths))
         self._layers: dict[int, _Layer] = {}
@@ -54,26 +54,28 @@ class Past:
         return self.lengths[self.prompt] + self.tokens
 
     def read(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Keeps a layer's keys and values of the prompts, [tokens, key heads, d] one after the other.
+        """Keeps a layer's keys and values of the prompts being read, [tokens, key heads, d], one after the other.
 
         Raises:
-            ValueError: they are not those of the prompts, or the layer has kept some before.
+            ValueError: they are not those of these prompts, or the layer has none of the prompts before them.
         """
-        if len(k) != int(self.lengths.sum()) or layer in self._layers:
-            raise ValueError(f"{len(k)} keys of layer {layer} are not those of prompts of {self.lengths.tolist()}")
-        count, width = len(self.lengths), int(self.lengths.max())
-        place = torch.arange(width, device=k.device)
-        at = (torch.arange(count, device=k.device)[:, None] * width + place)[place < self.lengths[:, None]]
+        now = self.reading or range(0)
+        lengths = self.lengths[now.start : now.stop]
+        if len(k) != int(lengths.sum()) or (layer in self._layers) != (now.start > 0):
+            raise ValueError(f"{len(k)} keys of layer {layer} are not those of prompts of {lengths.tolist()}")
+        if layer not in self._layers:
+            self._layers[layer] = self._room_for(k)
+        kept = self._layers[layer]
+        place = torch.arange(kept.prompt_keys.shape[2], device=k.device) < lengths[:, None]
+        for held, x in ((kept.prompt_keys, k), (kept.prompt_values, v)):
+            held[now.start : now.stop].transpose(1, 2)[place] = x
 
-        def padded(x: Tensor) -> Tensor:
-            rows = x.new_zeros(count * width, *x.shape[1:])
-            rows[at] = x
-            return rows.unflatten(0, (count, width)).transpose(1, 2).contiguous()
-
-        def empty(x: Tensor) -> Tensor:
-            return x.new_empty(len(self.prompt), x.shape[1], self.room, x.shape[2])
-
-        self._layers[layer] = _Layer(padded(k), padded(v), empty(k), empty(v))
+    def _room_for(self, x: Tensor) -> _Layer:
+        heads, d = x.shape[1:]
+        prompts = len(self.lengths), heads, int(self.lengths.max()), d
+        rows = len(self.prompt), heads, self.room, d
+        # Zeros: what is behind a shorter prompt is hidden, but must be numbers.
+        return _Layer(x.new_zeros(prompts), x.new_zeros(prompts), x.new_empty(rows), x.new_empty(rows))
 
     def advance(self) -> None:
         """All layers have kept a token of every row."""
