@@ -195,6 +195,9 @@ def test_what_does_not_continue_the_rows_is_refused():
     kept.read(0, x, x)
     with pytest.raises(ValueError, match="not those of prompts"):
         kept.read(0, x, x)
+    kept.reading = range(1, 2)
+    with pytest.raises(ValueError, match="not those of prompts"):
+        kept.read(0, x[:2], x[:2])  # the second prompt was read, too
     with pytest.raises(ValueError, match="do not continue 4 rows"):
         kept.attend(0, x, x, x, None, 1.0)
     q = torch.randn(4, 4, 4)

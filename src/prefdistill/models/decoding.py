@@ -25,7 +25,7 @@ from prefdistill.models.past import Past
 
 logger = logging.getLogger(__name__)
 
-READ_TOKENS = 4096  # of prompts at once: more is hardly faster, and what is held meanwhile grows with them
+READ_TOKENS = 4096  # of prompts at once: more was no faster, and what is held meanwhile grows with them
 PROBE_STEPS = ((0, 2, 3), (1, 2), (0, 1))  # rows that go on, of four: one leaves, then a whole prompt, then none
 
 
@@ -83,8 +83,9 @@ class _Shared:
 
     def __init__(self, tree: TreeModel, prompts: Sequence[Sequence[int]], samples: int, room: int) -> None:
         self.tree, self.device = tree, device_of(tree.model)
-        self.past = Past([len(p) for p in prompts], samples, room - 1, self.device)  # nothing follows the last token
-        ends = [self._read(prompts, part) for part in _parts([len(p) for p in prompts])]
+        lengths = [len(p) for p in prompts]
+        self.past = Past(lengths, samples, room - 1, self.device)  # nothing goes on from the last token
+        ends = [self._read(prompts, part) for part in _parts(lengths)]
         self.logits = torch.cat(ends).repeat_interleave(samples, 0)
 
     def _read(self, prompts: Sequence[Sequence[int]], part: range) -> Tensor:

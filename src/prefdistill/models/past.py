@@ -18,12 +18,13 @@ KEPT = 0.75  # prompts leave once fewer of them than this have samples to draw: 
 
 @dataclass
 class _Layer:
-    """[prompts, key heads, longest prompt, d] and [rows, key heads, room, d]."""
+    """[prompts, key heads, longest prompt, d], of which `read` prompts are in, and [rows, key heads, room, d]."""
 
     prompt_keys: Tensor
     prompt_values: Tensor
     keys: Tensor
     values: Tensor
+    read: int = 0
 
 
 class Past:
@@ -57,15 +58,16 @@ class Past:
         """Keeps a layer's keys and values of the prompts being read, [tokens, key heads, d], one after the other.
 
         Raises:
-            ValueError: they are not those of these prompts, or the layer has none of the prompts before them.
+            ValueError: they are not those of these prompts, or not of those that come next in this layer.
         """
         now = self.reading or range(0)
         lengths = self.lengths[now.start : now.stop]
-        if len(k) != int(lengths.sum()) or (layer in self._layers) != (now.start > 0):
-            raise ValueError(f"{len(k)} keys of layer {layer} are not those of prompts of {lengths.tolist()}")
         if layer not in self._layers:
             self._layers[layer] = self._room_for(k)
         kept = self._layers[layer]
+        if not now or len(k) != int(lengths.sum()) or kept.read != now.start:
+            raise ValueError(f"{len(k)} keys of layer {layer} are not those of prompts of {lengths.tolist()}")
+        kept.read = now.stop
         place = torch.arange(kept.prompt_keys.shape[2], device=k.device) < lengths[:, None]
         for held, x in ((kept.prompt_keys, k), (kept.prompt_values, v)):
             held[now.start : now.stop].transpose(1, 2)[place] = x
